@@ -1,0 +1,1 @@
+"""Where results are kept: in memory, on disk, in tiers of both."""
