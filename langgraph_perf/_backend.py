@@ -1,0 +1,257 @@
+"""A cache as its callers see it: it never raises, never stalls a run, and batches what it can.
+
+Every operation fails open: an error or a missed deadline is a miss (or a result that is not
+stored), counted, and logged once per kind. After a few failures in a row a circuit breaker stops
+asking for a while, then lets one operation through to find out whether the backend is back
+(Nygard, *Release It!*, "Circuit Breaker"). Reads and writes have breakers of their own: a full disk
+must not stop reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from langgraph.cache.base import FullKey
+
+from langgraph_perf._flight import FlightTable
+from langgraph_perf.caches.base import Cache, Entry, Lease, Lookup
+
+T = TypeVar("T")
+logger = logging.getLogger("langgraph_perf")
+
+FAILURES_TO_OPEN = 3
+FIRST_PAUSE = 1.0
+LONGEST_PAUSE = 30.0
+
+
+class Breaker:
+    """Closed, open, or half open; times are seconds of ``clock``."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._failures = 0
+        self._pause = FIRST_PAUSE
+        self._closed_again_at: float | None = None
+        self._probe_until = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether operations are being skipped."""
+        return self._closed_again_at is not None
+
+    def allows(self) -> bool:
+        """Whether an operation may be tried now; when half open, one at a time may."""
+        if self._closed_again_at is None:
+            return True
+        now = self._clock()
+        if now < self._closed_again_at or now < self._probe_until:
+            return False
+        # a probe that never reports back (cancelled) must not close the door for ever
+        self._probe_until = now + self._pause
+        return True
+
+    def succeeded(self) -> None:
+        """An operation went well."""
+        if self._failures:
+            self._failures = 0
+            self._pause = FIRST_PAUSE
+            self._closed_again_at = None
+            self._probe_until = 0.0
+
+    def failed(self) -> None:
+        """An operation failed."""
+        self._failures += 1
+        if self._failures >= FAILURES_TO_OPEN:
+            self._closed_again_at = self._clock() + self._pause
+            self._pause = min(self._pause * 2, LONGEST_PAUSE)
+
+
+class Backend:
+    """One cache, its breakers and its flights; shared by all graphs that use the cache."""
+
+    deadline = 2.0
+    """Seconds an awaited operation may take before the run goes on without it."""
+
+    def __init__(self, cache: Cache, clock: Callable[[], float] = time.monotonic) -> None:
+        self.cache = cache
+        self.flights = FlightTable()
+        self.reads = Breaker(clock)
+        self.writes = Breaker(clock)
+        self._failures: Counter[str] = Counter()
+        self._batchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Batcher] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    @staticmethod
+    def of(cache: Cache) -> Backend:
+        """The one backend of ``cache``."""
+        with _of_lock:
+            # kept on the cache itself: a table beside it would keep it alive for ever
+            backend = cache.__dict__.get("_backend")
+            if not isinstance(backend, Backend):
+                backend = cache.__dict__["_backend"] = Backend(cache)
+            return backend
+
+    @property
+    def failures(self) -> Mapping[str, int]:
+        """How many operations failed, by kind."""
+        return dict(self._failures)
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def read(self, lookup: Lookup) -> Entry | None:
+        """The entry that may answer ``lookup``."""
+        return self.read_many([lookup])[0]
+
+    def read_many(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
+        """One answer for each lookup, in order."""
+        return self._try(self.reads, "read", self.cache.read, lookups) or [None] * len(lookups)
+
+    async def aread(self, lookup: Lookup) -> Entry | None:
+        """Like ``read``; lookups that arrive while one is under way go out together."""
+        if not self.cache.blocking:
+            return self.read(lookup)
+        loop = asyncio.get_running_loop()
+        batcher = self._batchers.get(loop)
+        if batcher is None:
+            batcher = self._batchers[loop] = _Batcher(self)
+        return await batcher.read(lookup)
+
+    async def aread_many(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
+        """Like ``read_many``, without blocking the event loop."""
+        if not self.cache.blocking:
+            return self.read_many(lookups)
+        found = await self._atry(self.reads, "read", self.cache.aread, lookups)
+        return found or [None] * len(lookups)
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    def tokens(self, tags: Sequence[str]) -> tuple[str, ...] | None:
+        """The tags' current tokens; ``None`` when they cannot be had: then nothing that depends
+        on them may be stored or served."""
+        return self._try(self.writes, "tags", self.cache.tag_tokens, tags)
+
+    async def atokens(self, tags: Sequence[str]) -> tuple[str, ...] | None:
+        """Like ``tokens``, without blocking the event loop."""
+        if not self.cache.blocking:
+            return self.tokens(tags)
+        return await self._atry(self.writes, "tags", self.cache.atag_tokens, tags)
+
+    def write(self, key: FullKey, entry: Entry, lease: Lease | None) -> bool:
+        """Whether the entry was stored."""
+        return bool(self._try(self.writes, "write", self.cache.write, key, entry, lease))
+
+    async def awrite(self, key: FullKey, entry: Entry, lease: Lease | None) -> bool:
+        """Like ``write``, without blocking the event loop."""
+        if not self.cache.blocking:
+            return self.write(key, entry, lease)
+        return bool(await self._atry(self.writes, "write", self.cache.awrite, key, entry, lease))
+
+    # -- leases -----------------------------------------------------------------------------------
+
+    def acquire(self, key: FullKey) -> Lease | Literal["busy", "failed"]:
+        """The lease of ``key``, or that somebody has it, or that there is no telling."""
+        return self._try(self.writes, "lease", self._acquire, key) or "failed"
+
+    async def aacquire(self, key: FullKey) -> Lease | Literal["busy", "failed"]:
+        """Like ``acquire``, without blocking the event loop."""
+        return await self._atry(self.writes, "lease", self._aacquire, key) or "failed"
+
+    def _acquire(self, key: FullKey) -> Lease | Literal["busy"]:
+        return self.cache.acquire(key) or "busy"
+
+    async def _aacquire(self, key: FullKey) -> Lease | Literal["busy"]:
+        return await self.cache.aacquire(key) or "busy"
+
+    def release(self, lease: Lease) -> None:
+        """Give a lease back."""
+        self._try(self.writes, "lease", self.cache.release, lease)
+
+    async def arelease(self, lease: Lease) -> None:
+        """Give a lease back even if the caller is being cancelled."""
+        task = asyncio.ensure_future(
+            self._atry(self.writes, "lease", self.cache.arelease, lease)
+        )
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+
+    # -- failing open -----------------------------------------------------------------------------
+
+    def _try(
+        self, breaker: Breaker, kind: str, operation: Callable[..., T], *args: Any
+    ) -> T | None:
+        if not breaker.allows():
+            self._failures["skipped"] += 1
+            return None
+        try:
+            result = operation(*args)
+        except Exception as exc:
+            self._failed(breaker, kind, exc)
+            return None
+        breaker.succeeded()
+        return result
+
+    async def _atry(
+        self, breaker: Breaker, kind: str, operation: Callable[..., Awaitable[T]], *args: Any
+    ) -> T | None:
+        if not breaker.allows():
+            self._failures["skipped"] += 1
+            return None
+        try:
+            result = await asyncio.wait_for(operation(*args), self.deadline)
+        except Exception as exc:
+            self._failed(breaker, kind, exc)
+            return None
+        breaker.succeeded()
+        return result
+
+    def _failed(self, breaker: Breaker, kind: str, exc: Exception) -> None:
+        breaker.failed()
+        name = f"{kind}: {type(exc).__name__}"
+        self._failures[name] += 1
+        if self._failures[name] == 1:
+            logger.warning(
+                "%s of %s failed, the run goes on without the cache (logged once): %s: %s",
+                kind,
+                type(self.cache).__name__,
+                type(exc).__name__,
+                exc or "no answer within the deadline",
+            )
+
+
+_of_lock = threading.Lock()
+
+
+class _Batcher:
+    """Natural batching on one event loop: what arrives during a read goes out with the next."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = weakref.proxy(backend)
+        self._waiting: list[tuple[Lookup, asyncio.Future[Entry | None]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def read(self, lookup: Lookup) -> Entry | None:
+        answer: asyncio.Future[Entry | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((lookup, answer))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._drain())
+        return await answer
+
+    async def _drain(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            entries: list[Entry | None] = [None] * len(batch)
+            try:
+                entries = await self._backend.aread_many([lookup for lookup, _ in batch])
+            finally:
+                for (_, answer), entry in zip(batch, entries, strict=True):
+                    if not answer.done():
+                        answer.set_result(entry)

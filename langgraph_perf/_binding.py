@@ -1,0 +1,149 @@
+"""What a run carries to its nodes: the cache, what the caller asks of it, and the run's identity.
+
+It travels in the run's ``configurable`` under a key that LangGraph strips from debug events,
+snapshots, checkpoints and traces as it does its own, so that subgraphs inherit it and nothing that
+cannot be serialised leaks. (A test per way out fails when LangGraph changes that.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from langchain_core.runnables.config import RunnableConfig, var_child_runnable_config
+
+from langgraph_perf._backend import Backend
+from langgraph_perf.policy import CacheControl
+from langgraph_perf.stats import ItemCounters
+
+BINDING = "__pregel_langgraph_perf"
+CONTROL = "cache_control"
+
+# LangGraph's own, and what a LangGraph server injects for each request. A name that is missing here
+# costs hits, one too many would serve wrong answers: list, do not guess.
+_NOT_THE_USERS = frozenset(
+    {
+        CONTROL,
+        "assistant_id",
+        "checkpoint_id",
+        "checkpoint_map",
+        "checkpoint_ns",
+        "cron_id",
+        "graph_id",
+        "langgraph_api_url",
+        "langgraph_auth_user",  # an object; its identity is taken below
+        "langgraph_host",
+        "langgraph_plan",
+        "langgraph_request_id",
+        "langgraph_version",
+        "run_attempt",
+        "run_id",
+        "task_id",
+        "thread_id",
+        "thread_ts",
+        "traceparent",
+        "tracestate",
+        "user-agent",
+        "x-request-id",
+    }
+)
+
+
+class Binding:
+    """One run's view of the cache; made when the run starts.
+
+    Attributes:
+        backend: where results are kept; ``None`` where nothing may be.
+        items: counters for ``get_cache``, of the outermost graph.
+        control: what the caller asks of the cache.
+        configurable: the user's own part of ``configurable``.
+        run_id: names the outermost run; random.
+        blocked_loop: the event loop whose thread made a blocking call and waits for this run.
+    """
+
+    __slots__ = (
+        "backend",
+        "blocked_loop",
+        "configurable",
+        "control",
+        "items",
+        "raw_control",
+        "run_id",
+    )
+
+    def __init__(
+        self,
+        backend: Backend | None,
+        items: ItemCounters,
+        control: CacheControl,
+        raw_control: Any,
+        configurable: Mapping[str, Any],
+        run_id: str,
+        blocked_loop: asyncio.AbstractEventLoop | None,
+    ) -> None:
+        self.backend = backend
+        self.items = items
+        self.control = control
+        self.raw_control = raw_control
+        self.configurable = configurable
+        self.run_id = run_id
+        self.blocked_loop = blocked_loop
+
+    def __repr__(self) -> str:
+        return "<langgraph_perf run>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
+        return self
+
+
+def ambient() -> Mapping[str, Any]:
+    """The ``configurable`` of the node that the current code runs in, if it runs in one."""
+    config = var_child_runnable_config.get()
+    return (config or {}).get("configurable") or {}
+
+
+def make_binding(
+    backend: Backend | None,
+    items: ItemCounters,
+    parent: Binding | None,
+    configurable: Mapping[str, Any],
+    *,
+    blocking: bool,
+) -> Binding:
+    """The binding of a run that starts now.
+
+    Args:
+        backend: the graph's own; a graph without one uses its parent's.
+        items: the graph's own counters for ``get_cache``; within a parent, the parent's count.
+        parent: the binding of the run that this one is part of.
+        configurable: what the run's nodes will see.
+        blocking: whether the caller's thread waits for the run.
+
+    Raises:
+        ConfigurationError: ``configurable["cache_control"]`` is not valid.
+    """
+    raw = configurable.get(CONTROL)
+    blocked = asyncio._get_running_loop() if blocking else None
+    if parent is None:
+        control, run_id = CacheControl.of(raw), secrets.token_hex(16)
+    else:
+        control = parent.control if raw is parent.raw_control else CacheControl.of(raw)
+        run_id, items, backend = parent.run_id, parent.items, backend or parent.backend
+        blocked = blocked or parent.blocked_loop
+    return Binding(backend, items, control, raw, users_part(configurable), run_id, blocked)
+
+
+def users_part(configurable: Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``configurable`` the user set and a node's result may depend on."""
+    users = {
+        name: value
+        for name, value in configurable.items()
+        if not name.startswith("__") and name not in _NOT_THE_USERS
+    }
+    if "langgraph_auth_user_id" not in users:
+        identity = getattr(configurable.get("langgraph_auth_user"), "identity", None)
+        if identity is not None:
+            users["langgraph_auth_user_id"] = identity
+    return users

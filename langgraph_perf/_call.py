@@ -1,0 +1,344 @@
+"""One cached call, as pure steps: what to do next, never how.
+
+``steps`` is a generator that yields what it needs (read this, wait for that, run the body) and is
+sent the answer. It does no I/O, never blocks and has no clock but the cache's; the two drivers in
+``_drive`` carry its steps out, one blocking, one awaiting, so that everything that decides is
+written once. Model: ``hishel``'s states with a sync and an async cache around them.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from langgraph.cache.base import FullKey
+from langgraph.errors import GraphBubbleUp
+
+from langgraph_perf._backend import Backend
+from langgraph_perf._flight import Disperse, Flight, Landed, TakeOver, Waiter
+from langgraph_perf.caches.base import Entry, Lease, Lookup
+from langgraph_perf.codec import DecodeError, EncodeError
+from langgraph_perf.errors import CacheMiss
+from langgraph_perf.policy import Mode
+from langgraph_perf.stats import NodeCounters
+
+logger = logging.getLogger("langgraph_perf")
+
+FIRST_POLL = 0.005
+LONGEST_POLL = 0.1
+
+
+@dataclass(slots=True)
+class Call:
+    """Everything that ``steps`` needs to know about one call.
+
+    Attributes:
+        name: what to call it in errors and logs.
+        load: makes the value from stored payload bytes; raises ``DecodeError`` if it cannot.
+        dump: makes payload bytes from the value; raises ``EncodeError`` if it cannot.
+        refuse: why the value must not be stored, or ``None``.
+        spent: language-model tokens the value's computation took.
+        on_hit: told of the entry that answers the call.
+        nested: whether the call is made inside the computation of another key.
+    """
+
+    name: str
+    backend: Backend
+    counters: NodeCounters
+    key: FullKey
+    tags: tuple[str, ...]
+    mode: Mode
+    max_age: float | None
+    ttl: float | None
+    jitter: float
+    load: Callable[[bytes], Any]
+    dump: Callable[[Any], bytes]
+    refuse: Callable[[Any], str | None]
+    spent: Callable[[Any], int]
+    on_hit: Callable[[Entry], None]
+    nested: bool
+
+
+@dataclass(slots=True)
+class Read:
+    """Look an entry up → ``Entry | None``."""
+
+    lookup: Lookup
+
+
+@dataclass(slots=True)
+class Tokens:
+    """The current tokens of tags → ``tuple | None``."""
+
+    tags: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Join:
+    """Lead, follow or go alone → ``(flight, waiter)``."""
+
+    key: FullKey
+
+
+@dataclass(slots=True)
+class Wait:
+    """Wait for a flight → ``Outcome | None`` (``None``: waited long enough)."""
+
+    waiter: Waiter
+
+
+@dataclass(slots=True)
+class Acquire:
+    """Take the lease of a key → ``Lease | "busy" | "failed"``."""
+
+    key: FullKey
+
+
+@dataclass(slots=True)
+class Pause:
+    """Let ``seconds`` pass."""
+
+    seconds: float
+
+
+@dataclass(slots=True)
+class Run:
+    """Run the body as part of ``flight`` → ``Ran | Raised``."""
+
+    flight: Flight | None
+    lease: Lease | None
+
+
+@dataclass(slots=True)
+class Write:
+    """Store an entry → whether it was."""
+
+    key: FullKey
+    entry: Entry
+    lease: Lease | None
+
+
+@dataclass(slots=True)
+class Release:
+    """Give a lease back."""
+
+    lease: Lease
+
+
+@dataclass(slots=True)
+class Ran:
+    """What the body returned.
+
+    Attributes:
+        seconds: how long it took; 0 when a stored entry answered.
+        tainted: why the value must not be stored, whatever the policy says.
+        entry: the stored entry that the value was made from, if it was.
+    """
+
+    value: Any
+    seconds: float = 0.0
+    tainted: str | None = None
+    entry: Entry | None = None
+
+
+@dataclass(slots=True)
+class Raised:
+    """The body raised."""
+
+    error: BaseException
+
+
+Step = Read | Tokens | Join | Wait | Acquire | Pause | Run | Write | Release
+Done = Ran | Raised
+Steps = Generator[Step, Any, Done]
+Verdict = Entry | Literal["disperse", "abandon"]
+
+
+def steps(call: Call) -> Steps:
+    """The steps of one call; returns what the body did or what a stored entry made of it."""
+    while True:
+        if call.mode != "refresh":
+            served = yield from _stored(call, "hit")
+            if served is not None:
+                return served
+        if call.mode == "only":
+            call.counters.miss()
+            return Raised(CacheMiss(call.name))
+        if call.mode == "refresh":
+            done, _ = yield from _compute(call, None, None)
+            return done
+
+        flight, waiter = yield Join(call.key)
+        if waiter is None:
+            return (yield from _lead(call, flight))
+        outcome = yield from _follow(call, flight, waiter)
+        if isinstance(outcome, Ran):
+            return outcome
+        if outcome == "lead":
+            return (yield from _lead(call, flight, took_over=True))
+        if outcome == "alone":
+            return (yield from _lead(call, None))
+
+
+def _stored(call: Call, how: Literal["hit", "coalesced"]) -> Generator[Step, Any, Ran | None]:
+    entry: Entry | None = yield Read(Lookup(call.key, call.tags, call.max_age))
+    return None if entry is None else _load(call, entry, how)
+
+
+def _load(call: Call, entry: Entry, how: Literal["hit", "coalesced"]) -> Ran | None:
+    try:
+        value = call.load(entry.payload)
+    except DecodeError as exc:
+        call.counters.refused("undecodable")
+        logger.warning("%s: a stored result is not served: %s", call.name, exc)
+        return None
+    if how == "hit":
+        call.counters.hit(entry.seconds, entry.tokens)
+    else:
+        call.counters.coalesced(entry.seconds, entry.tokens)
+    call.on_hit(entry)
+    return Ran(value, entry=entry)
+
+
+def _follow(
+    call: Call, flight: Flight, waiter: Waiter
+) -> Generator[Step, Any, Ran | Literal["again", "alone", "lead"]]:
+    flights = call.backend.flights
+    try:
+        outcome = yield Wait(waiter)
+    except BaseException:
+        flights.left(flight, waiter)
+        raise
+    finally:
+        flights.unblocked(flight)
+    if outcome is None:
+        flights.left(flight, waiter)
+        return "alone"
+    if isinstance(outcome, TakeOver):
+        return "lead"
+    if isinstance(outcome, Disperse):
+        return "alone"
+    assert isinstance(outcome, Landed)
+    entry = outcome.entry
+    if entry.deps:
+        # the leader may have begun before an invalidation that this call began after
+        current = yield Tokens(tuple(tag for tag, _ in entry.deps))
+        if current is None:
+            return "alone"
+        if current != tuple(token for _, token in entry.deps):
+            return "again"
+    return _load(call, entry, "coalesced") or "alone"
+
+
+def _lead(call: Call, flight: Flight | None, *, took_over: bool = False) -> Steps:
+    """Compute as the leader of ``flight``, which ends here, once and whatever happens."""
+    if flight is None:
+        done, _ = yield from _compute(call, None, None)
+        return done
+    verdict: Verdict = "abandon"
+    try:
+        if not took_over:
+            # the last leader may have stored its result between our look and our joining
+            served = yield from _stored(call, "hit")
+            if served is not None:
+                verdict = served.entry or verdict
+                return served
+        lease: Lease | None = None
+        # a nested call never waits for another process: that one may be waiting for this one
+        if call.backend.cache.shared and not call.nested:
+            taken = yield from _lease(call)
+            if isinstance(taken, Ran):
+                verdict = taken.entry or verdict
+                return taken
+            lease = taken
+        done, verdict = yield from _compute(call, flight, lease)
+        return done
+    finally:
+        flights = call.backend.flights
+        if isinstance(verdict, Entry):
+            flights.landed(flight, verdict)
+        elif verdict == "disperse":
+            flights.disperse(flight)
+        else:
+            flights.abandoned(flight)
+
+
+def _lease(call: Call) -> Generator[Step, Any, Lease | Ran | None]:
+    """The lease of the key, or the result that another process stored meanwhile."""
+    pause = FIRST_POLL
+    while True:
+        taken = yield Acquire(call.key)
+        if taken == "failed":
+            return None
+        busy = taken == "busy"
+        if busy:
+            yield Pause(pause)
+            pause = min(pause * 1.5, LONGEST_POLL)
+        served: Ran | None = None
+        try:
+            served = yield from _stored(call, "coalesced" if busy else "hit")
+        finally:
+            if not busy and (served is not None or sys.exc_info()[0] is not None):
+                yield Release(taken)
+        if served is not None:
+            return served
+        if not busy:
+            return taken  # type: ignore[no-any-return]
+
+
+def _compute(
+    call: Call, flight: Flight | None, lease: Lease | None
+) -> Generator[Step, Any, tuple[Done, Verdict]]:
+    """Run the body and store what it returns."""
+    if call.mode != "refresh":
+        call.counters.miss()
+    try:
+        deps: tuple[tuple[str, str], ...] | None = ()
+        if call.tags:
+            # taken before the body reads anything: an invalidation from here on must count
+            tokens = yield Tokens(call.tags)
+            deps = None if tokens is None else tuple(zip(call.tags, tokens, strict=True))
+        done = yield Run(flight, lease)
+        if isinstance(done, Raised):
+            # a question to a human answers nobody else: let all who wait ask their own
+            asks = isinstance(done.error, GraphBubbleUp)
+            return done, "disperse" if asks else "abandon"
+        spent = call.spent(done.value)
+        call.counters.ran(done.seconds, spent)
+        entry = _entry(call, done, deps, spent)
+        if entry is None:
+            return done, "disperse"
+        if (yield Write(call.key, entry, lease)):
+            lease = None  # the write gave it back
+        else:
+            call.counters.refused("not_written")
+        return done, entry
+    finally:
+        if lease is not None:
+            yield Release(lease)
+
+
+def _entry(
+    call: Call, ran: Ran, deps: tuple[tuple[str, str], ...] | None, spent: int
+) -> Entry | None:
+    """What to store, or ``None`` with the reason counted."""
+    reason = ran.tainted or ("tags_unavailable" if deps is None else call.refuse(ran.value))
+    if reason is not None:
+        call.counters.refused(reason)
+        return None
+    try:
+        payload = call.dump(ran.value)
+    except EncodeError as exc:
+        call.counters.refused("unserializable")
+        logger.warning("%s: the result is not stored: %s", call.name, exc)
+        return None
+    created = call.backend.cache.clock()
+    expires = None
+    if call.ttl is not None:
+        # earlier, never later: ``ttl`` is the longest a result may be served
+        expires = created + call.ttl * (1 - call.jitter * random.random())
+    return Entry(payload, created, expires, deps or (), ran.seconds, spent)

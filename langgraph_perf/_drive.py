@@ -1,0 +1,237 @@
+"""The two drivers that carry out the steps of ``_call``: one blocks, one awaits."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+from langgraph_perf import _heartbeat
+from langgraph_perf._backend import Backend
+from langgraph_perf._call import (
+    Acquire,
+    Call,
+    Done,
+    Join,
+    Pause,
+    Raised,
+    Ran,
+    Read,
+    Run,
+    Step,
+    Tokens,
+    Wait,
+    Write,
+    steps,
+)
+from langgraph_perf._flight import AsyncWaiter, SyncWaiter, held_flights, in_asyncio_executor
+
+LONGEST_THREAD_WAIT = 10.0
+"""Seconds that a thread of an event loop's default executor waits for a leader on that loop, which
+may itself need such a thread; other threads wait for as long as the leader computes."""
+
+
+class Caller(NamedTuple):
+    """Who makes a call.
+
+    Attributes:
+        heartbeat: reports progress to LangGraph's ``idle_timeout``.
+        blocked_loop: the event loop, if any, that stands still until the call is done.
+        uses_executor: whether the body takes a thread of the running loop's default executor.
+    """
+
+    heartbeat: Callable[[], None]
+    blocked_loop: asyncio.AbstractEventLoop | None = None
+    uses_executor: bool = False
+
+
+def drive(call: Call, body: Callable[[], Ran], caller: Caller) -> Any:
+    """Make the call in this thread; returns its value or raises what the body raised."""
+    machine = steps(call)
+    try:
+        step = next(machine)
+        while True:
+            try:
+                answer = _perform(step, call.backend, body, caller)
+            except BaseException as exc:
+                step = machine.throw(exc)
+            else:
+                step = machine.send(answer)
+    except StopIteration as stop:
+        return _value(stop.value)
+
+
+def _perform(step: Step, backend: Backend, body: Callable[[], Ran], caller: Caller) -> Any:
+    if type(step) is Read:
+        return backend.read(step.lookup)
+    if type(step) is Run:
+        with _running(step, backend):
+            try:
+                return body()
+            except BaseException as exc:
+                return Raised(exc)
+    if type(step) is Join:
+        return backend.flights.join(step.key, SyncWaiter, blocked_loop=caller.blocked_loop)
+    if type(step) is Wait:
+        assert isinstance(step.waiter, SyncWaiter)
+        patience = LONGEST_THREAD_WAIT if in_asyncio_executor() else math.inf
+        return step.waiter.wait(caller.heartbeat, patience)
+    if type(step) is Tokens:
+        return backend.tokens(step.tags)
+    if type(step) is Write:
+        return backend.write(step.key, step.entry, step.lease)
+    if type(step) is Acquire:
+        return backend.acquire(step.key)
+    if type(step) is Pause:
+        caller.heartbeat()
+        return time.sleep(step.seconds)
+    return backend.release(step.lease)  # type: ignore[union-attr]
+
+
+async def adrive(call: Call, body: Callable[[], Awaitable[Ran]], caller: Caller) -> Any:
+    """Make the call in this task; returns its value or raises what the body raised."""
+    machine = steps(call)
+    try:
+        step = next(machine)
+        while True:
+            try:
+                answer = await _aperform(step, call.backend, body, caller)
+            except BaseException as exc:
+                step = machine.throw(exc)
+            else:
+                step = machine.send(answer)
+    except StopIteration as stop:
+        return _value(stop.value)
+
+
+async def _aperform(
+    step: Step, backend: Backend, body: Callable[[], Awaitable[Ran]], caller: Caller
+) -> Any:
+    if type(step) is Read:
+        return await backend.aread(step.lookup)
+    if type(step) is Run:
+        with _running(step, backend):
+            try:
+                return await body()
+            except BaseException as exc:
+                return Raised(exc)
+    if type(step) is Join:
+        return backend.flights.join(
+            step.key,
+            AsyncWaiter,
+            loop=asyncio.get_running_loop(),
+            uses_executor=caller.uses_executor,
+        )
+    if type(step) is Wait:
+        assert isinstance(step.waiter, AsyncWaiter)
+        return await step.waiter.wait(caller.heartbeat)
+    if type(step) is Tokens:
+        return await backend.atokens(step.tags)
+    if type(step) is Write:
+        return await backend.awrite(step.key, step.entry, step.lease)
+    if type(step) is Acquire:
+        return await backend.aacquire(step.key)
+    if type(step) is Pause:
+        caller.heartbeat()
+        return await asyncio.sleep(step.seconds)
+    return await backend.arelease(step.lease)  # type: ignore[union-attr]
+
+
+def drive_stream(
+    call: Call, open_body: Callable[[], tuple[Iterator[Any], Callable[[], Ran]]], caller: Caller
+) -> Iterator[Any]:
+    """Like ``drive``, yielding what the body streams while it runs; a stored result comes in one.
+
+    ``open_body`` starts the body: what to iterate, and what then makes the result of it.
+    """
+    machine = steps(call)
+    streamed = False
+    try:
+        step = next(machine)
+        while True:
+            try:
+                if type(step) is Run:
+                    streamed = True
+                    with _running(step, call.backend):
+                        try:
+                            chunks, result = open_body()
+                            yield from chunks
+                            answer: Any = result()
+                        except BaseException as exc:
+                            answer = Raised(exc)
+                else:
+                    answer = _perform(step, call.backend, _never, caller)
+            except BaseException as exc:
+                step = machine.throw(exc)
+            else:
+                step = machine.send(answer)
+    except StopIteration as stop:
+        value = _value(stop.value)
+    if not streamed:
+        yield value
+
+
+async def adrive_stream(
+    call: Call, open_body: Callable[[], tuple[AsyncIterator[Any], Callable[[], Ran]]], caller: Caller
+) -> AsyncIterator[Any]:
+    """Like ``drive_stream``, awaiting."""
+    machine = steps(call)
+    streamed = False
+    try:
+        step = next(machine)
+        while True:
+            try:
+                if type(step) is Run:
+                    streamed = True
+                    with _running(step, call.backend):
+                        try:
+                            chunks, result = open_body()
+                            async for chunk in chunks:
+                                yield chunk
+                            answer: Any = result()
+                        except BaseException as exc:
+                            answer = Raised(exc)
+                else:
+                    answer = await _aperform(step, call.backend, _anever, caller)
+            except BaseException as exc:
+                step = machine.throw(exc)
+            else:
+                step = machine.send(answer)
+    except StopIteration as stop:
+        value = _value(stop.value)
+    if not streamed:
+        yield value
+
+
+@contextmanager
+def _running(step: Run, backend: Backend) -> Iterator[None]:
+    """What surrounds a running body: nested calls know its flight, its lease is kept alive."""
+    token = held_flights.set((*held_flights.get(), step.flight)) if step.flight else None
+    if step.lease is not None:
+        _heartbeat.keep(backend.cache, step.lease)
+    try:
+        yield
+    finally:
+        if step.lease is not None:
+            _heartbeat.drop(step.lease)
+        if token is not None:
+            # a stream that is closed by the garbage collector ends in another context
+            with suppress(ValueError):
+                held_flights.reset(token)
+
+
+def _never() -> Ran:
+    raise AssertionError("the body is run by the driver itself")
+
+
+async def _anever() -> Ran:
+    raise AssertionError("the body is run by the driver itself")
+
+
+def _value(done: Done) -> Any:
+    if isinstance(done, Raised):
+        raise done.error
+    return done.value

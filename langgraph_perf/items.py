@@ -1,0 +1,349 @@
+"""``get_cache``: a cache for work finer than a node, on the tiers of the graph that runs it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import var_child_runnable_config
+
+from langgraph_perf import codec, keys
+from langgraph_perf._backend import Backend
+from langgraph_perf._binding import BINDING, Binding
+from langgraph_perf._call import Call, Ran
+from langgraph_perf._drive import Caller, adrive, drive
+from langgraph_perf._flight import held_flights
+from langgraph_perf.caches.base import Entry, Lookup, tag_id
+from langgraph_perf.errors import CacheMiss, ConfigurationError
+from langgraph_perf.policy import CacheControl, seconds, shortest
+from langgraph_perf.stats import NodeCounters
+
+K = TypeVar("K")
+T = TypeVar("T")
+logger = logging.getLogger("langgraph_perf")
+
+NAMESPACE = "langgraph_perf.items"
+
+
+def get_cache(namespace: str, config: RunnableConfig | None = None) -> ItemCache:
+    """The item cache called ``namespace``, inside a node.
+
+    Entries live in the cache that the graph was compiled with and are shared by all graphs that
+    use the same name on it. Outside a run, or without a compiled cache, it just computes. The
+    run's ``cache_control`` for the node applies to its items too.
+
+    Args:
+        namespace: names the kind of work, such as ``"embeddings"``.
+        config: the node's config; needed only where LangGraph cannot pass it along by itself
+            (async nodes on Python 3.10).
+
+    Raises:
+        ConfigurationError: ``namespace`` is not a non-empty string.
+    """
+    if not isinstance(namespace, str) or not namespace:
+        raise ConfigurationError(
+            f"get_cache(namespace): got {namespace!r}; accepted: a non-empty string"
+        )
+    config = config or var_child_runnable_config.get() or {}
+    binding: Binding | None = (config.get("configurable") or {}).get(BINDING)
+    if binding is None or binding.backend is None:
+        return ItemCache(namespace, None, _NO_CONTROL, NodeCounters())
+    control = binding.control.for_node((config.get("metadata") or {}).get("langgraph_node", ""))
+    return ItemCache(namespace, binding.backend, control, binding.items.of(namespace))
+
+
+class _Missed(NamedTuple):
+    """A key to compute: where it stands in the caller's list, and where to store it."""
+
+    position: int
+    lookup: Lookup | None
+
+
+class ItemCache:
+    """What ``get_cache`` returns.
+
+    Keys are any values that can be keyed (strings, numbers, tuples, dataclasses …), values any
+    that can be stored; one that cannot is computed each time and logged once.
+    """
+
+    def __init__(
+        self,
+        namespace: str,
+        backend: Backend | None,
+        control: CacheControl,
+        counters: NodeCounters,
+    ) -> None:
+        self.namespace = namespace
+        self._backend = backend
+        self._control = control
+        self._counters = counters
+
+    def get_or_set(
+        self,
+        key: Any,
+        compute: Callable[[], T],
+        *,
+        ttl: float | timedelta | None = None,
+        tags: Sequence[str] = (),
+    ) -> T:
+        """The stored value of ``key``, or what ``compute()`` returns, stored for next time.
+
+        Of several callers at once, one computes. Nothing is stored when ``compute`` raises.
+
+        Args:
+            ttl: how long the value may be served, in seconds or as a ``timedelta``.
+            tags: names it depends on, for ``cache.invalidate``.
+        """
+        call = self._call(key, ttl, tags)
+        if call is None:
+            return compute()
+
+        def body() -> Ran:
+            started = time.perf_counter()
+            value = compute()
+            return Ran(value, time.perf_counter() - started)
+
+        return drive(call, body, _CALLER)  # type: ignore[no-any-return]
+
+    async def aget_or_set(
+        self,
+        key: Any,
+        compute: Callable[[], Awaitable[T]],
+        *,
+        ttl: float | timedelta | None = None,
+        tags: Sequence[str] = (),
+    ) -> T:
+        """Like ``get_or_set``, awaiting ``compute()``."""
+        call = self._call(key, ttl, tags)
+        if call is None:
+            return await compute()
+
+        async def body() -> Ran:
+            started = time.perf_counter()
+            value = await compute()
+            return Ran(value, time.perf_counter() - started)
+
+        return await adrive(call, body, _CALLER)  # type: ignore[no-any-return]
+
+    def get_or_set_many(
+        self,
+        keys: Sequence[K],
+        compute_many: Callable[[list[K]], Sequence[T]],
+        *,
+        ttl: float | timedelta | None = None,
+        tags: Sequence[str] = (),
+    ) -> list[T]:
+        """One value for each of ``keys``, in order.
+
+        ``compute_many`` is called at most once, with the keys that are not stored, each once, and
+        returns their values in the same order.
+
+        Raises:
+            ValueError: ``compute_many`` returned another number of values than it got keys.
+        """
+        batch = _Batch(self, keys, ttl, tags)
+        if self._backend is not None and batch.lookups:
+            batch.found(self._backend.read_many(batch.lookups))
+        if batch.missed:
+            tokens = self._backend.tokens(batch.tags) if self._backend and batch.tags else ()
+            started = time.perf_counter()
+            values = compute_many(batch.missing_keys())
+            for lookup, entry in batch.computed(values, tokens, time.perf_counter() - started):
+                assert self._backend is not None
+                self._backend.write(lookup.key, entry, None)
+        return batch.values
+
+    async def aget_or_set_many(
+        self,
+        keys: Sequence[K],
+        compute_many: Callable[[list[K]], Awaitable[Sequence[T]]],
+        *,
+        ttl: float | timedelta | None = None,
+        tags: Sequence[str] = (),
+    ) -> list[T]:
+        """Like ``get_or_set_many``, awaiting ``compute_many``."""
+        batch = _Batch(self, keys, ttl, tags)
+        if self._backend is not None and batch.lookups:
+            batch.found(await self._backend.aread_many(batch.lookups))
+        if batch.missed:
+            tokens = (
+                await self._backend.atokens(batch.tags) if self._backend and batch.tags else ()
+            )
+            started = time.perf_counter()
+            values = await compute_many(batch.missing_keys())
+            for lookup, entry in batch.computed(values, tokens, time.perf_counter() - started):
+                assert self._backend is not None
+                await self._backend.awrite(lookup.key, entry, None)
+        return batch.values
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _call(self, key: Any, ttl: float | timedelta | None, tags: Sequence[str]) -> Call | None:
+        limit = seconds("get_or_set(ttl=)", ttl)
+        lookup = self._lookup(key, self._tags(tags))
+        if lookup is None:
+            return None
+        assert self._backend is not None
+        return Call(
+            name=f"get_cache({self.namespace!r})",
+            backend=self._backend,
+            counters=self._counters,
+            key=lookup.key,
+            tags=lookup.tags,
+            mode=self._control.mode,
+            max_age=lookup.max_age,
+            ttl=shortest(limit, lookup.max_age),
+            jitter=0.0,
+            load=codec.decode,
+            dump=codec.encode,
+            refuse=_store_all,
+            spent=_no_tokens,
+            on_hit=_unseen,
+            nested=bool(held_flights.get()),
+        )
+
+    def _tags(self, tags: Sequence[str]) -> tuple[str, ...]:
+        if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags):
+            raise ConfigurationError(f"tags: got {tags!r}; accepted: a list of strings")
+        if tags and self._backend is not None and not self._backend.cache.supports_tags:
+            raise ConfigurationError(
+                f"tags: {type(self._backend.cache).__name__} cannot invalidate by tag; accepted: "
+                "no tags, or compile(cache=) with MemoryCache, DiskCache or TieredCache"
+            )
+        return tuple(sorted({tag_id(tag) for tag in tags}))
+
+    def _lookup(self, key: Any, tags: tuple[str, ...]) -> Lookup | None:
+        """Where ``key`` is kept; ``None``: it is not."""
+        if self._backend is None:
+            return None
+        if self._control.mode == "bypass":
+            self._counters.refused("bypassed")
+            return None
+        try:
+            digest = keys.digest(("key", key))
+        except keys.Unkeyable as exc:
+            self._counters.refused("unkeyable")
+            if self._counters.snapshot().refusals["unkeyable"] == 1:
+                logger.warning("get_cache(%r) computes uncached: %s", self.namespace, exc)
+            if self._control.mode == "only":
+                raise CacheMiss(self.namespace, f"mode 'only', and {exc}") from None
+            return None
+        max_age = seconds("ttl", self._control.ttl)
+        return Lookup(((NAMESPACE, self.namespace), digest), tags, max_age)
+
+
+class _Batch:
+    """The state of one ``get_or_set_many``."""
+
+    def __init__(
+        self,
+        cache: ItemCache,
+        keys: Sequence[Any],
+        ttl: float | timedelta | None,
+        tags: Sequence[str],
+    ) -> None:
+        self._cache = cache
+        self._keys = list(keys)
+        self._ttl = shortest(seconds("get_or_set_many(ttl=)", ttl), cache._control.ttl)  # type: ignore[arg-type]
+        self.tags = cache._tags(tags)
+        self.values: list[Any] = [None] * len(self._keys)
+        places: dict[Any, list[int]] = {}
+        wheres: dict[Any, Lookup | None] = {}
+        for position, key in enumerate(self._keys):
+            lookup = cache._lookup(key, self.tags)
+            # without a lookup nothing tells whether two keys are equal: each is its own
+            where = position if lookup is None else lookup.key
+            places.setdefault(where, []).append(position)
+            wheres[where] = lookup
+        self._places = list(places.values())
+        self.missed = [_Missed(p[0], wheres[w]) for w, p in places.items()]
+        reads = cache._control.mode != "refresh"
+        self.lookups = [m.lookup for m in self.missed if m.lookup is not None] if reads else []
+        self._positions = {places[0]: places for places in self._places}
+
+    def found(self, entries: Sequence[Entry | None]) -> None:
+        """Take the stored values; what is left is ``missed``."""
+        answers = dict(zip((lookup.key for lookup in self.lookups), entries, strict=True))
+        missed = []
+        for miss in self.missed:
+            entry = answers.get(miss.lookup.key) if miss.lookup is not None else None
+            if entry is None:
+                missed.append(miss)
+                continue
+            try:
+                value = codec.decode(entry.payload)
+            except codec.DecodeError:
+                self._cache._counters.refused("undecodable")
+                missed.append(miss)
+                continue
+            self._cache._counters.hit(entry.seconds, entry.tokens)
+            self._put(miss.position, value)
+        self.missed = missed
+
+    def missing_keys(self) -> list[Any]:
+        """The keys to compute, each once."""
+        for _ in self.missed:
+            self._cache._counters.miss()
+        if self._cache._control.mode == "only":
+            raise CacheMiss(self._cache.namespace)
+        return [self._keys[miss.position] for miss in self.missed]
+
+    def computed(
+        self, values: Sequence[Any], tokens: Sequence[str] | None, took: float
+    ) -> list[tuple[Lookup, Entry]]:
+        """Take the computed values; returns what to store."""
+        if len(values) != len(self.missed):
+            raise ValueError(
+                f"compute_many of get_cache({self._cache.namespace!r}) got {len(self.missed)} keys "
+                f"and returned {len(values)} values; it must return one value for each key"
+            )
+        share = took / len(self.missed)
+        entries = []
+        for miss, value in zip(self.missed, values, strict=True):
+            self._cache._counters.ran(share, 0)
+            self._put(miss.position, value)
+            if miss.lookup is None:
+                continue
+            if tokens is None:
+                self._cache._counters.refused("tags_unavailable")
+                continue
+            try:
+                payload = codec.encode(value)
+            except codec.EncodeError as exc:
+                self._cache._counters.refused("unserializable")
+                logger.warning("get_cache(%r) stores no %s", self._cache.namespace, exc)
+                continue
+            backend = self._cache._backend
+            assert backend is not None
+            now = backend.cache.clock()
+            expires = None if self._ttl is None else now + self._ttl
+            deps = tuple(zip(self.tags, tokens, strict=True))
+            entries.append((miss.lookup, Entry(payload, now, expires, deps, share)))
+        return entries
+
+    def _put(self, first: int, value: Any) -> None:
+        for position in self._positions[first]:
+            self.values[position] = value
+
+
+def _store_all(value: Any) -> None:
+    return None
+
+
+def _no_tokens(value: Any) -> int:
+    return 0
+
+
+def _unseen(entry: Entry) -> None:
+    return None
+
+
+def _no_heartbeat() -> None: ...
+
+
+_CALLER = Caller(_no_heartbeat)
+_NO_CONTROL = CacheControl()

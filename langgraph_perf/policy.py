@@ -1,0 +1,267 @@
+"""What a user declares: the policy of a node, and what one run may ask of it.
+
+Both are immutable and validated when they are made, so that a typo fails where it was written.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from langgraph.types import CachePolicy as LangGraphCachePolicy
+
+from langgraph_perf.errors import ConfigurationError
+
+Scope = Literal["global", "thread", "run"]
+Mode = Literal["use", "refresh", "bypass", "only"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)  # widest first
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+_LANGGRAPH_DEFAULT_KEY = LangGraphCachePolicy().key_func
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePolicy:
+    """How the results of one node are cached: ``add_node(..., cache_policy=CachePolicy(...))``.
+
+    Args:
+        key: what of the node's input is in the key. ``None``: all of it; field names:
+            only these; a callable: whatever it returns for the input.
+        vary: which parts of the run's context and user ``configurable`` are in the key too.
+            ``None``: all of both; ``()``: nothing; dotted names such as ``"context.user_id"`` or
+            ``"configurable.model"``: only these.
+        scope: who shares a result: everybody (``"global"``), one thread or one run.
+        ttl: how long a result may be served, in seconds or as a ``timedelta``; ``None``: for ever.
+        jitter: fraction (0 to 1) of ``ttl`` by which expiry is spread at random, so that results
+            stored together do not all expire together.
+        tags: names the result depends on, for ``cache.invalidate(tag)``. Strings whose ``{field}``
+            is filled from the node's input, or one callable that returns such names.
+        version: replaces the automatic fingerprint of the node's code.
+        when: called with the result; store it only if this returns true.
+
+    Raises:
+        ConfigurationError: a field has a value it cannot have.
+    """
+
+    key: Sequence[str] | Callable[[Any], Any] | None = None
+    vary: Sequence[str] | None = None
+    scope: Scope = "global"
+    ttl: float | timedelta | None = None
+    jitter: float = 0.0
+    tags: Sequence[str] | Callable[[Any], Sequence[str]] = ()
+    version: str | int | None = None
+    when: Callable[[Any], bool] | None = None
+
+    def __post_init__(self) -> None:
+        if self.key is not None and not callable(self.key):
+            names = _names("CachePolicy.key", self.key, "field names, a callable or None")
+            if not names:
+                raise ConfigurationError(
+                    "CachePolicy.key: got no field name; accepted: field names, a callable, "
+                    "or None for the whole input. For one result for every input, use "
+                    "key=lambda state: None"
+                )
+            object.__setattr__(self, "key", names)
+        if self.vary is not None:
+            names = _names("CachePolicy.vary", self.vary, "dotted names or None")
+            for name in names:
+                root, _, rest = name.partition(".")
+                if root not in ("context", "configurable") or (not rest and "." in name):
+                    raise ConfigurationError(
+                        f"CachePolicy.vary: got {name!r}; accepted: 'context', 'configurable', or "
+                        "a part of them such as 'context.user_id' or 'configurable.model'"
+                    )
+            object.__setattr__(self, "vary", names)
+        _choice("CachePolicy.scope", self.scope, SCOPES)
+        object.__setattr__(self, "ttl", seconds("CachePolicy.ttl", self.ttl))
+        if not _number(self.jitter) or not 0 <= self.jitter <= 1:
+            raise ConfigurationError(
+                f"CachePolicy.jitter: got {self.jitter!r}; accepted: a fraction from 0 to 1"
+            )
+        if not callable(self.tags):
+            tags = _names("CachePolicy.tags", self.tags, "strings or a callable")
+            for tag in tags:
+                template_fields(tag)
+            object.__setattr__(self, "tags", tags)
+        if self.version is not None and (
+            isinstance(self.version, bool) or not isinstance(self.version, str | int)
+        ):
+            raise ConfigurationError(
+                f"CachePolicy.version: got {self.version!r}; accepted: a string, an int or None"
+            )
+        if self.when is not None and not callable(self.when):
+            raise ConfigurationError(
+                f"CachePolicy.when: got {self.when!r}; accepted: a callable that takes the result, "
+                "or None to store every result"
+            )
+
+    @classmethod
+    def of(cls, policy: Any) -> CachePolicy:
+        """``policy`` itself, or LangGraph's own policy with its ``key_func`` and ``ttl`` kept."""
+        if isinstance(policy, CachePolicy):
+            return policy
+        if isinstance(policy, LangGraphCachePolicy):
+            key = None if policy.key_func is _LANGGRAPH_DEFAULT_KEY else policy.key_func
+            return cls(key=key, ttl=policy.ttl)
+        raise ConfigurationError(
+            f"cache_policy: got {policy!r}; accepted: langgraph_perf.CachePolicy(...), "
+            "langgraph.types.CachePolicy(...) or None"
+        )
+
+    def unknown_fields(self, known: Sequence[str]) -> list[tuple[str, str]]:
+        """``(policy field, name)`` for each name in ``key`` and ``tags`` that ``known`` lacks."""
+        asked = [("key", name) for name in self.key] if isinstance(self.key, tuple) else []
+        if isinstance(self.tags, tuple):
+            asked += [("tags", name) for tag in self.tags for name in template_fields(tag)]
+        return [(where, name) for where, name in asked if name not in known]
+
+
+def template_fields(tag: str) -> list[str]:
+    """The state fields a tag template names: ``["user_id"]`` for ``"user:{user_id}"``."""
+    try:
+        parsed = list(string.Formatter().parse(tag))
+    except ValueError as exc:
+        raise ConfigurationError(
+            f"CachePolicy.tags: got {tag!r}, which is no template ({exc}); accepted: text with "
+            "{field} for state fields, and {{ }} for braces"
+        ) from None
+    names = [name for _, name, _, _ in parsed if name is not None]
+    for name in names:
+        if not name.isidentifier():
+            raise ConfigurationError(
+                f"CachePolicy.tags: got {tag!r} with the field {name!r}; accepted: plain state "
+                "field names such as {user_id}; for anything else give tags=callable(state)"
+            )
+    return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheControl:
+    """What one run asks of the cache: ``configurable={"cache_control": CacheControl(...)}``.
+
+    A plain mapping with the same fields does as well, so that it can travel as JSON. A run may
+    only narrow what a policy allows: a longer ``ttl`` or a wider ``scope`` has no effect.
+
+    Args:
+        mode: ``"use"`` reads and stores; ``"refresh"`` runs the node and stores; ``"bypass"``
+            does neither; ``"only"`` raises ``CacheMiss`` rather than run the node.
+        ttl: serve nothing older than this, in seconds or as a ``timedelta``.
+        scope: share results with ``"thread"`` or ``"run"`` only.
+        nodes: the same fields for single nodes, by node name; they win over the ones above.
+
+    Raises:
+        ConfigurationError: an unknown key or a value that is not accepted.
+    """
+
+    mode: Mode = "use"
+    ttl: float | timedelta | None = None
+    scope: Scope | None = None
+    nodes: Mapping[str, CacheControl] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _choice("cache_control.mode", self.mode, MODES)
+        object.__setattr__(self, "ttl", seconds("cache_control.ttl", self.ttl))
+        if self.scope is not None:
+            _choice("cache_control.scope", self.scope, SCOPES)
+        if not isinstance(self.nodes, Mapping):
+            raise ConfigurationError(
+                f"cache_control.nodes: got {self.nodes!r}; accepted: a mapping of node names to "
+                "mappings such as {'mode': 'refresh'}"
+            )
+        nodes: dict[str, CacheControl] = {}
+        for name, control in self.nodes.items():
+            if not isinstance(control, CacheControl):
+                control = _parse(control, f"cache_control.nodes[{name!r}]", base=self)
+            nodes[name] = control
+        object.__setattr__(self, "nodes", MappingProxyType(nodes))
+
+    @classmethod
+    def of(cls, given: Any) -> CacheControl:
+        """A ``CacheControl`` from itself, from ``None`` or from a mapping."""
+        if given is None:
+            return _DEFAULT
+        if isinstance(given, CacheControl):
+            return given
+        return _parse(given, "cache_control")
+
+    def for_node(self, name: str) -> CacheControl:
+        """What applies to the node called ``name``."""
+        return self.nodes.get(name, self) if self.nodes else self
+
+
+def _parse(given: Any, where: str, base: CacheControl | None = None) -> CacheControl:
+    accepted = [f.name for f in fields(CacheControl) if base is None or f.name != "nodes"]
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(
+            f"{where}: got {given!r}; accepted: CacheControl(...) or a mapping with the keys "
+            f"{', '.join(accepted)}"
+        )
+    for name in given:
+        if name not in accepted:
+            raise ConfigurationError(
+                f"{where}: unknown key {name!r}; accepted: {', '.join(accepted)}"
+            )
+    try:
+        return replace(base, nodes={}, **given) if base is not None else CacheControl(**given)
+    except ConfigurationError as exc:
+        if base is None:
+            raise
+        raise ConfigurationError(str(exc).replace("cache_control", where, 1)) from None
+
+
+def seconds(name: str, value: Any) -> float | None:
+    """``value`` as a positive number of seconds, or ``None``."""
+    if value is None:
+        return None
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if not _number(value) or not 0 < value < math.inf:
+        raise ConfigurationError(
+            f"{name}: got {value!r}; accepted: a positive number of seconds, a positive timedelta, "
+            "or None for no limit"
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def narrowest_scope(policy: Scope, control: Scope | None) -> Scope:
+    """The narrower of the two; a run never widens what the policy says."""
+    if control is None:
+        return policy
+    return SCOPES[max(SCOPES.index(policy), SCOPES.index(control))]
+
+
+def shortest(a: float | None, b: float | None) -> float | None:
+    """The shorter of two time limits, where ``None`` is no limit."""
+    if a is None or b is None:
+        return b if a is None else a
+    return min(a, b)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _names(where: str, value: Any, accepted: str) -> tuple[str, ...]:
+    # a lone string is a sequence of its letters: the one mistake everybody makes once
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        hint = f"; did you mean [{value!r}]?" if isinstance(value, str) else ""
+        raise ConfigurationError(f"{where}: got {value!r}; accepted: a list of {accepted}{hint}")
+    for name in value:
+        if not isinstance(name, str):
+            raise ConfigurationError(f"{where}: got {name!r} in it; accepted: a list of {accepted}")
+    return tuple(value)
+
+
+def _choice(where: str, value: Any, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        raise ConfigurationError(
+            f"{where}: got {value!r}; accepted: {', '.join(map(repr, accepted))}"
+        )
+
+
+_DEFAULT = CacheControl()
