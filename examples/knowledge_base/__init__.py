@@ -1,0 +1,1 @@
+"""A knowledge base that answers questions from documents, cached node by node."""

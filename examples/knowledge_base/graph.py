@@ -1,0 +1,154 @@
+"""The graph: retrieve → embed → select → generate, each node cached under a policy of its own.
+
+How to choose a policy: what a node reads from its *state* belongs in ``key``; what it reads from
+*elsewhere* (here the database) is a dependency, so it gets a tag, which whoever changes the data
+invalidates; whose result it is belongs in ``vary``.
+
+=========  ==================  ==============  =====================================
+node       key                 varies by user  depends on
+=========  ==================  ==============  =====================================
+retrieve   the question        no              ``docs``
+embed      the question        no              nothing
+select     its candidates too  yes             ``docs``, ``user:…`` (preferred topics)
+generate   its passages too    yes             ``user:…`` (style)
+=========  ==================  ==============  =====================================
+
+``generate`` needs no ``docs``: the passages in its key name the revisions of their documents, so an
+edit redoes the answers that quote the edited document, and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langgraph.cache.base import BaseCache
+from langgraph.graph import END, START
+from langgraph.runtime import Runtime
+from typing_extensions import TypedDict
+
+from examples.knowledge_base.documents import Document, KnowledgeBase
+from examples.knowledge_base.models import Embedder, Vector
+from langgraph_perf import CachePolicy, StateGraph, get_cache
+
+NODES = ("retrieve", "embed", "select", "generate")
+EMBEDDINGS = "doc-embeddings"
+DAY = 86_400  # seconds
+PASSAGES = 2
+PREFERENCE = 0.1  # what a preferred topic adds to a cosine similarity
+STYLES = {
+    "brief": "Answer in one short sentence.",
+    "detailed": "Answer in two sentences, the second one with an example.",
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    """Who is asking: what a server knows about the caller, not what the caller says."""
+
+    user_id: str
+
+
+class Question(TypedDict):
+    """The graph's input."""
+
+    query: str
+    user_id: str  # again, because tags are named from the state
+
+
+class State(Question, total=False):
+    """What the nodes add to the question."""
+
+    candidates: list[Document]
+    vector: Vector
+    passages: list[Document]
+    answer: AIMessage  # a message, so that its tokens are counted
+
+
+def retrieve(state: State, *, documents: KnowledgeBase) -> dict[str, Any]:
+    """Narrow the documents down to a few by the question's words."""
+    return {"candidates": documents.search(state["query"])}
+
+
+def embed(state: State, *, embedder: Embedder) -> dict[str, Any]:
+    """Turn the question into a vector."""
+    return {"vector": embedder.embed([state["query"]])[0]}
+
+
+def select(
+    state: State, runtime: Runtime[Context], *, documents: KnowledgeBase, embedder: Embedder
+) -> dict[str, Any]:
+    """Keep the candidates nearest in meaning, the user's preferred topics first among equals."""
+    prefer = documents.profile(runtime.context.user_id).topics
+    texts = {doc.id: doc.text for doc in documents.read([doc.id for doc in state["candidates"]])}
+
+    def embed_documents(keys: Sequence[tuple[Embedder, str, str]]) -> list[Vector]:
+        return embedder.embed([f"{name}: {text}" for _, name, text in keys])
+
+    # one entry per document and finer than the node: a document that changes costs one embedding.
+    # The text itself is the key, so there is nothing to invalidate
+    vectors = get_cache(EMBEDDINGS).get_or_set_many(
+        [(embedder, name, text) for name, text in texts.items()], embed_documents
+    )
+    score = {
+        name: float(vector @ state["vector"]) + PREFERENCE * (name in prefer)
+        for name, vector in zip(texts, vectors, strict=True)
+    }
+    nearest = sorted(score, key=lambda name: -score[name])[:PASSAGES]
+    return {"passages": [doc for doc in state["candidates"] if doc.id in nearest]}
+
+
+def generate(
+    state: State, runtime: Runtime[Context], *, documents: KnowledgeBase, model: BaseChatModel
+) -> dict[str, Any]:
+    """Answer from the selected passages, in the user's style."""
+    style = documents.profile(runtime.context.user_id).style
+    passages = "\n\n".join(f"[{doc.id}]\n{doc.text}" for doc in state["passages"])
+    answer = model.invoke(
+        [
+            SystemMessage(f"You answer questions about Python. {STYLES[style]}"),
+            HumanMessage(f"{passages}\n\nQuestion: {state['query']}"),
+        ]
+    )
+    return {"answer": answer}
+
+
+def build_graph(
+    documents: KnowledgeBase, embedder: Embedder, model: BaseChatModel, cache: BaseCache[Any]
+) -> Any:
+    """The compiled graph over these parts."""
+    builder = StateGraph(State, context_schema=Context, input_schema=Question)
+    builder.add_node(
+        "retrieve",
+        partial(retrieve, documents=documents),
+        cache_policy=CachePolicy(key=["query"], vary=(), tags=["docs"], ttl=DAY),
+    )
+    builder.add_node(
+        "embed",
+        partial(embed, embedder=embedder),
+        cache_policy=CachePolicy(key=["query"], vary=()),
+    )
+    builder.add_node(
+        "select",
+        partial(select, documents=documents, embedder=embedder),
+        cache_policy=CachePolicy(
+            key=["query", "candidates"],
+            vary=["context.user_id"],
+            tags=["docs", "user:{user_id}"],
+        ),
+    )
+    builder.add_node(
+        "generate",
+        partial(generate, documents=documents, model=model),
+        cache_policy=CachePolicy(
+            key=["query", "passages"], vary=["context.user_id"], tags=["user:{user_id}"]
+        ),
+    )
+    for source, target in pairwise((START, *NODES, END)):
+        builder.add_edge(source, target)
+    return builder.compile(cache=cache)

@@ -1,0 +1,177 @@
+"""What the run shows: progress while it works, and tables of what the cache saved."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from typing import TextIO
+
+from examples.knowledge_base.graph import EMBEDDINGS, NODES
+from langgraph_perf.stats import NodeStats, Stats
+
+CLEAR_LINE = "\r\x1b[2K"
+
+
+class Progress:
+    """Permanent lines, and on a terminal one live line below them that says what is going on."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._live = out.isatty()
+
+    def line(self, text: str = "") -> None:
+        """Print a line that stays."""
+        self._out.write(f"{CLEAR_LINE if self._live else ''}{text}\n")
+        self._out.flush()
+
+    def status(self, text: str) -> None:
+        """Show what is going on right now; what is not a terminal gets no such lines."""
+        if self._live:
+            width = shutil.get_terminal_size().columns - 1
+            self._out.write(f"{CLEAR_LINE}{text[:width]}")
+            self._out.flush()
+
+    @contextmanager
+    def log(self, logger: logging.Logger) -> Iterator[None]:
+        """Print what ``logger`` reports (models being loaded) as lines meanwhile."""
+        handler = logging.Handler()
+        handler.emit = lambda record: self.line(f"  ... {record.getMessage()}")  # type: ignore[method-assign]
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            logger.removeHandler(handler)
+
+
+@dataclass
+class Tally:
+    """What happened at one node. Times are in seconds.
+
+    Attributes:
+        saved, tokens_saved: what the runs behind the hits had taken, as recorded by the cache.
+        spent: what the runs took. ``hit_time``: what the hits took, measured around the node.
+    """
+
+    runs: int = 0
+    hits: int = 0
+    misses: int = 0
+    saved: float = 0.0
+    tokens_saved: int = 0
+    spent: float = 0.0
+    hit_time: float = 0.0
+
+    @classmethod
+    def between(cls, before: NodeStats, after: NodeStats) -> Tally:
+        """What the statistics of one node say happened between two snapshots."""
+        return cls(
+            runs=after.runs - before.runs,
+            hits=after.hits - before.hits,
+            misses=after.misses - before.misses,
+            saved=after.seconds_saved - before.seconds_saved,
+            tokens_saved=after.tokens_saved - before.tokens_saved,
+            spent=after.seconds_spent - before.seconds_spent,
+        )
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass
+class Pass:
+    """All questions of all users asked once. ``nodes`` has the document embeddings as well."""
+
+    name: str
+    answers: int = 0
+    seconds: float = 0.0
+    nodes: dict[str, Tally] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """This pass as one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Pass:
+        """The pass that ``to_json`` wrote."""
+        data = json.loads(text)
+        data["nodes"] = {name: Tally(**tally) for name, tally in data["nodes"].items()}
+        return cls(**data)
+
+
+def tallies(before: Stats, after: Stats) -> dict[str, Tally]:
+    """By node, and for the item cache inside ``select``: what happened between two snapshots."""
+    none = NodeStats()
+    tallied = {
+        name: Tally.between(before.nodes.get(name, none), after.nodes.get(name, none))
+        for name in NODES
+    }
+    tallied[EMBEDDINGS] = Tally.between(
+        before.items.get(EMBEDDINGS, none), after.items.get(EMBEDDINGS, none)
+    )
+    return tallied
+
+
+def total(passes: Sequence[Pass]) -> dict[str, Tally]:
+    """By node, the sums over all passes."""
+    sums: dict[str, Tally] = {}
+    for done in passes:
+        for name, tally in done.nodes.items():
+            sums[name] = sums.get(name, Tally()) + tally
+    return sums
+
+
+def passes_table(passes: Sequence[Pass]) -> list[str]:
+    """One row for each pass: how long it took, and how often each node really ran."""
+    cold = passes[0].seconds
+    rows = [["pass", "answers", "seconds", "faster", *NODES, "embeddings"]]
+    for p in passes:
+        ran = [f"{p.nodes[n].runs} of {p.answers}" for n in NODES]
+        embedded = str(p.nodes[EMBEDDINGS].misses)
+        rows.append(
+            [p.name, str(p.answers), f"{p.seconds:.2f}", _times(cold, p.seconds), *ran, embedded]
+        )
+    return _aligned(rows)
+
+
+def nodes_table(nodes: Mapping[str, Tally]) -> list[str]:
+    """One row for each node: what it did, and what the cache saved."""
+    rows = [
+        ["node", "runs", "hits", "misses", "s/run", "ms/hit", "faster", "s saved", "tokens saved"]
+    ]
+    for name in NODES:
+        t = nodes[name]
+        rows.append(
+            [
+                name,
+                str(t.runs),
+                str(t.hits),
+                str(t.misses),
+                f"{t.spent / t.runs:.3f}" if t.runs else "-",
+                f"{1000 * t.hit_time / t.hits:.1f}" if t.hits else "-",
+                _times(t.saved, t.hit_time),
+                f"{t.saved:.2f}",
+                str(t.tokens_saved),
+            ]
+        )
+    return _aligned(rows)
+
+
+def _times(slow: float, fast: float) -> str:
+    return f"{slow / fast:.1f}x" if slow and fast else "-"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join(cells))
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return lines

@@ -1,0 +1,505 @@
+"""The knowledge-base example: what each node runs, hits and misses, and the program around it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(CHECKOUT))  # examples are run from the checkout, not installed
+
+from examples.knowledge_base.__main__ import QUESTIONS, USERS, Asker, main  # noqa: E402
+from examples.knowledge_base.documents import KnowledgeBase  # noqa: E402
+from examples.knowledge_base.graph import EMBEDDINGS, NODES, build_graph  # noqa: E402
+from examples.knowledge_base.models import ChatModel, Embedder, Endpoint, ModelError  # noqa: E402
+from examples.knowledge_base.report import (  # noqa: E402
+    Pass,
+    Progress,
+    Tally,
+    nodes_table,
+    passes_table,
+    total,
+)
+from langgraph_perf import DiskCache  # noqa: E402
+
+# -- stand-ins for the models ---------------------------------------------------------------------
+
+EMBEDDED: list[str] = []
+
+
+@dataclass(frozen=True)
+class WordsEmbedder(Embedder):
+    """Texts that share words are near each other."""
+
+    size: int = 64
+
+    def embed(self, texts: Sequence[str]) -> list[Any]:
+        EMBEDDED.extend(texts)
+        vectors = []
+        for text in texts:
+            vector = np.ones(self.size, np.float32)
+            for word in re.findall(r"\w+", text.lower())[:200]:
+                vector[zlib.crc32(word.encode()) % self.size] += 1
+            vectors.append(vector / np.linalg.norm(vector))
+        return vectors
+
+
+class EchoModel(BaseChatModel):
+    """Answers with the instructions and the question it was given, and spends 100 tokens."""
+
+    @property
+    def _llm_type(self) -> str:
+        return "echo"
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        system, human = messages
+        message = AIMessage(
+            f"{system.text} {human.text.splitlines()[-1]}",
+            usage_metadata={"input_tokens": 90, "output_tokens": 10, "total_tokens": 100},
+        )
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+@dataclass
+class Endpoints:
+    """A real HTTP server with an OpenAI-style endpoint; ``reply`` may be replaced."""
+
+    url: str
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    status: int = 200
+    reply: Any = None
+    asked: threading.Event = field(default_factory=threading.Event)
+    answer: threading.Event = field(default_factory=threading.Event)
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoints]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            served.requests.append({"path": self.path, **body})
+            served.keys.append(self.headers["Authorization"])
+            served.asked.set()
+            served.answer.wait(60)
+            question = body["messages"][-1]["content"].splitlines()[-1]
+            reply = served.reply or {
+                "choices": [{"message": {"content": f"Answer to: {question}"}}],
+                "usage": {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100},
+            }
+            data = json.dumps(reply).encode()
+            self.send_response(served.status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        served = Endpoints(f"http://127.0.0.1:{server.server_port}/v1")
+        served.answer.set()
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield served
+        served.answer.set()
+        server.shutdown()
+        thread.join()
+
+
+# -- the graph ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """The example's graph on a temporary directory."""
+
+    documents: KnowledgeBase
+    cache: DiskCache
+    graph: Any
+    asker: Asker
+
+    def ask(self, name: str = "pass") -> Pass:
+        return self.asker.ask_all(name, QUESTIONS, USERS)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[], Job]]:
+    caches = []
+
+    def job() -> Job:
+        documents = KnowledgeBase(tmp_path / "data" / "knowledge.db")
+        documents.seed()
+        cache = DiskCache(tmp_path / "cache")
+        caches.append(cache)
+        graph = build_graph(documents, WordsEmbedder(), EchoModel(), cache)
+        EMBEDDED.clear()
+        return Job(documents, cache, graph, Asker(graph, Progress(io.StringIO())))
+
+    yield job
+    for cache in caches:
+        cache.close()
+
+
+@pytest.fixture
+def job(start: Callable[[], Job]) -> Job:
+    return start()
+
+
+def ran(done: Pass) -> list[int]:
+    """How often each node ran, once it is sure that every call ran or hit."""
+    for name in NODES:
+        assert done.nodes[name].runs + done.nodes[name].hits == done.answers, name
+        assert done.nodes[name].misses == done.nodes[name].runs, name
+    return [done.nodes[name].runs for name in NODES]
+
+
+def answers(job: Job, user: str) -> list[str]:
+    """What ``user`` is told, straight from the graph."""
+    from examples.knowledge_base.graph import Context
+
+    return [
+        job.graph.invoke({"query": q, "user_id": user}, context=Context(user))["answer"].text
+        for q in QUESTIONS
+    ]
+
+
+def test_cold_pass_shares_only_what_users_share(job: Job) -> None:
+    """Cold, search and query embedding run once per question, the rest once per user as well."""
+    assert ran(job.ask()) == [4, 4, 8, 8]
+
+
+def test_warm_pass_runs_nothing(job: Job) -> None:
+    """Asked again, no node runs, nothing is embedded, and all tokens of the answers are saved."""
+    job.ask()
+    EMBEDDED.clear()
+    warm = job.ask()
+    assert ran(warm) == [0, 0, 0, 0]
+    assert EMBEDDED == []
+    assert warm.nodes["generate"].tokens_saved == 8 * 100
+
+
+def test_warm_from_disk(start: Callable[[], Job]) -> None:
+    """Another graph on the same directory finds everything."""
+    start().ask()
+    again = start()
+    assert ran(again.ask()) == [0, 0, 0, 0]
+    assert EMBEDDED == []
+
+
+def test_each_document_is_embedded_once(job: Job) -> None:
+    """However many questions and users share a candidate, it is embedded once."""
+    done = job.ask()
+    candidates = {doc.id for q in QUESTIONS for doc in job.documents.search(q)}
+    embedded = [text for text in EMBEDDED if text not in QUESTIONS]
+    assert len(embedded) == len(set(embedded)) == len(candidates)
+    assert done.nodes[EMBEDDINGS].misses == len(candidates)
+
+
+def test_document_update(job: Job) -> None:
+    """An edit costs one embedding, the searches, the selections, and the answers that quote it."""
+    job.ask()
+    edited = job.asker.quoted[0]
+    quoting = sum(
+        edited in job.asker.quoted[start : start + 2]
+        for start in range(0, len(job.asker.quoted), 2)
+    )
+    assert 0 < quoting < 8, "the edit must concern some answers and not others"
+    EMBEDDED.clear()
+    job.documents.edit(edited)
+    job.cache.invalidate("docs")
+    done = job.ask()
+    assert ran(done) == [4, 0, 8, quoting]
+    assert done.nodes[EMBEDDINGS].misses == 1
+    assert [text.partition(":")[0] for text in EMBEDDED] == [edited]
+
+
+def test_user_update(job: Job) -> None:
+    """A change of Bob's profile redoes Bob's selections and answers, and nothing of Alice's."""
+    job.ask()
+    alice, bob = answers(job, "alice"), answers(job, "bob")
+    job.documents.set_style("bob", "brief")
+    job.cache.invalidate("user:bob")
+    assert ran(job.ask()) == [0, 0, 4, 4]
+    assert answers(job, "alice") == alice
+    assert all("short" in text for text in answers(job, "bob"))
+    assert not any("short" in text for text in bob)
+
+
+def test_no_answer_crosses_users(job: Job) -> None:
+    """Each user is answered in their own style, although they ask the same."""
+    alice, bob = answers(job, "alice"), answers(job, "bob")
+    assert all("short" in text for text in alice)
+    assert all("example" in text for text in bob)
+
+
+def test_question_without_candidates(job: Job) -> None:
+    """A question that matches no document is answered without passages."""
+    done = job.asker.ask_all("pass", ["?!"], ["alice"])
+    assert done.answers == 1
+    assert job.asker.quoted == []
+
+
+# -- documents ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> KnowledgeBase:
+    knowledge = KnowledgeBase(tmp_path / "new" / "knowledge.db")
+    assert knowledge.seed()
+    return knowledge
+
+
+def test_seed_keeps_what_is_there(documents: KnowledgeBase) -> None:
+    """Seeding fills an empty file only."""
+    documents.edit("with")
+    assert not documents.seed()
+    assert documents.read(["with"])[0].revision == 2
+
+
+@pytest.mark.parametrize("query", ['"', "a' OR 1=1 --", "NEAR( *", "with AND", "", "   ", "日本語"])
+def test_any_question_can_be_searched(documents: KnowledgeBase, query: str) -> None:
+    """No question is search syntax."""
+    assert isinstance(documents.search(query), list)
+
+
+def test_search_ranks_and_excerpts(documents: KnowledgeBase) -> None:
+    """The best match comes first, as an excerpt of its text."""
+    found = documents.search("What is a lambda expression?", limit=3)
+    assert found[0].id == "lambda"
+    assert len(found) == 3
+    assert "anonymous" in found[0].text
+    assert all(len(doc.text) < 1000 for doc in found)
+
+
+def test_edit_counts_revisions(documents: KnowledgeBase) -> None:
+    """Each edit changes the text and the revision, and does not pile up."""
+    seen = [documents.read(["with"])[0]]
+    for revision in (2, 3):
+        assert documents.edit("with") == revision
+        seen.append(documents.read(["with"])[0])
+    assert len({doc.text for doc in seen}) == 3
+    assert len(seen[2].text) == len(seen[1].text)
+    assert documents.search("with statement", 20) != []
+
+
+def test_profiles(documents: KnowledgeBase) -> None:
+    """A style is kept per user; who is unknown has the default profile, and can get one."""
+    assert documents.profile("carol").style == "brief"
+    documents.set_style("carol", "detailed")
+    assert documents.profile("carol").style == "detailed"
+    assert documents.profile("alice").topics == ("context-managers", "with")
+
+
+# -- chat model -----------------------------------------------------------------------------------
+
+
+def chat(endpoint: Endpoint) -> AIMessage:
+    model = ChatModel(model="tiny", endpoint=lambda: endpoint)
+    reply = model.invoke([HumanMessage("Why?")])
+    assert isinstance(reply, AIMessage)
+    return reply
+
+
+def test_chat_model(endpoint: Endpoints) -> None:
+    """A reply brings its text and its token usage; the request its key, limit and messages."""
+    reply = chat(Endpoint(endpoint.url, "secret"))
+    assert reply.text == "Answer to: Why?"
+    assert reply.usage_metadata is not None
+    assert reply.usage_metadata["total_tokens"] == 100
+    (request,) = endpoint.requests
+    assert request["path"] == "/v1/chat/completions"
+    assert request["messages"] == [{"role": "user", "content": "Why?"}]
+    assert (request["model"], request["max_tokens"]) == ("tiny", 40)
+    assert endpoint.keys == ["Bearer secret"]
+
+
+def test_where_a_model_is_served_is_not_its_identity() -> None:
+    """Two endpoints of one model are one model; two models are not."""
+    at = [ChatModel(model="m", endpoint=lambda p=p: Endpoint(p))._get_llm_string() for p in "ab"]
+    other = ChatModel(model="n", endpoint=lambda: Endpoint("a"))._get_llm_string()
+    assert at[0] == at[1] != other
+
+
+def test_refusal_is_a_clear_error(endpoint: Endpoints) -> None:
+    """An HTTP error names the address, the status and what the server said."""
+    endpoint.status, endpoint.reply = 401, {"error": "Invalid key"}
+    with pytest.raises(ModelError, match=r"completions answered 401 .*Invalid key"):
+        chat(Endpoint(endpoint.url))
+
+
+def test_nobody_listening_is_a_clear_error() -> None:
+    """A refused connection names the address."""
+    with pytest.raises(ModelError, match=r"no model answers at http://127.0.0.1:1/v1/chat"):
+        chat(Endpoint("http://127.0.0.1:1/v1"))
+
+
+def test_foreign_reply_is_a_clear_error(endpoint: Endpoints) -> None:
+    """A reply in another format is shown."""
+    endpoint.reply = {"hello": "world"}
+    with pytest.raises(ModelError, match=r"not an OpenAI-style reply.*hello"):
+        chat(Endpoint(endpoint.url))
+
+
+# -- report ---------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_plain_lines_without_a_terminal() -> None:
+    """What is not a terminal gets whole lines only: no status, no control characters."""
+    out = io.StringIO()
+    progress = Progress(out)
+    progress.status("working")
+    progress.line("done")
+    assert out.getvalue() == "done\n"
+
+
+def test_live_line_on_a_terminal() -> None:
+    """A status replaces the one before it, and a line replaces the status."""
+    out = Terminal()
+    progress = Progress(out)
+    progress.status("one")
+    progress.status("two")
+    progress.line("done")
+    assert out.getvalue() == "\r\x1b[2Kone\r\x1b[2Ktwo\r\x1b[2Kdone\n"
+
+
+def some_pass() -> Pass:
+    nodes = {name: Tally(hits=2, saved=4.0, tokens_saved=7, hit_time=0.5) for name in NODES}
+    nodes["generate"] = Tally(runs=1, hits=1, misses=1, saved=3.0, spent=2.0, hit_time=0.001)
+    nodes[EMBEDDINGS] = Tally(misses=3)
+    return Pass("a pass", answers=2, seconds=1.5, nodes=nodes)
+
+
+def test_pass_survives_json() -> None:
+    """A child's measurements arrive as they were."""
+    assert Pass.from_json(some_pass().to_json()) == some_pass()
+
+
+def cells(line: str) -> list[str]:
+    return re.split(r"\s{2,}", line.strip())
+
+
+def test_tables() -> None:
+    """Both tables are aligned, and their numbers are those of the passes."""
+    passes = [some_pass(), Pass("warm", 2, 0.5, some_pass().nodes)]
+    by_pass, by_node = passes_table(passes), nodes_table(total(passes))
+    for lines in (by_pass, by_node):
+        assert len({len(line) for line in lines}) == 1
+    none = "0 of 2"
+    assert cells(by_pass[3]) == ["warm", "2", "0.50", "3.0x", none, none, none, "1 of 2", "3"]
+    assert cells(by_node[2]) == ["retrieve", "0", "4", "0", "-", "250.0", "8.0x", "8.00", "14"]
+    assert cells(by_node[5]) == ["generate", "2", "2", "2", "2.000", "1.0", "3000.0x", "6.00", "0"]
+
+
+# -- the program ----------------------------------------------------------------------------------
+
+
+def command(tmp_path: Path, *args: str) -> dict[str, Any]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+    program = [sys.executable, "-m", "examples.knowledge_base"]
+    program += [f"--cache-dir={tmp_path / 'cache'}", f"--data-dir={tmp_path / 'data'}", *args]
+    return {"args": program, "cwd": CHECKOUT, "env": env, "text": True}
+
+
+def test_whole_job(tmp_path: Path, endpoint: Endpoints) -> None:
+    """The program runs to its tables; a new process and the next run find everything stored."""
+    questions = tmp_path / "questions.txt"
+    questions.write_text("What is a lambda expression?\n\nHow can I catch an exception?\n")
+    options = (f"--base-url={endpoint.url}", "--api-key=s3cret", "--model=stub")
+    run = command(tmp_path, *options, f"--questions={questions}")
+    first = subprocess.run(**run, capture_output=True, timeout=60)
+    assert (first.returncode, first.stderr) == (0, "")
+    rows = {row[0]: row[4:] for row in map(cells, first.stdout.splitlines()) if len(row) == 9}
+    none = ["0 of 4"] * 4
+    assert rows["first time"][:4] == ["2 of 4", "2 of 4", "4 of 4", "4 of 4"]
+    assert rows["again"] == [*none, "0"]
+    assert rows["new process"] == [*none, "0"]
+    edited = rows["after an edit of document 'lambda'"]
+    assert edited == ["2 of 4", "0 of 4", "4 of 4", "2 of 4", "1"]
+    assert rows["after bob asked for brief answers"] == [*none[:2], "2 of 4", "2 of 4", "0"]
+    assert len(endpoint.requests) == 8
+    assert set(endpoint.keys) == {"Bearer s3cret"}
+    assert not re.search(r"\x1b|\r|s3cret", first.stdout)
+
+    second = subprocess.run(**run, capture_output=True, timeout=60)
+    assert (second.returncode, second.stderr) == (0, "")
+    assert "not cold" in second.stdout
+    assert len(endpoint.requests) == 12, "only what the two changes concern is asked again"
+
+
+def test_interrupt_ends_quietly(tmp_path: Path, endpoint: Endpoints) -> None:
+    """Ctrl-C in the middle of an answer ends the program at once and without a traceback."""
+    endpoint.answer.clear()
+    run = command(tmp_path, f"--base-url={endpoint.url}", "--model=stub")
+    with subprocess.Popen(**run, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert endpoint.asked.wait(60)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert out.endswith("interrupted\n")
+    assert err == ""
+
+
+def test_dead_endpoint_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An endpoint where nobody listens ends the program with one line that names it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("examples.knowledge_base.__main__.Embedder", WordsEmbedder)
+    assert main(["--base-url=http://127.0.0.1:1/v1", "--model=stub"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: no model answers at http://127.0.0.1:1/v1")
+    assert err.count("\n") == 1
+    assert (tmp_path / ".cache" / "knowledge_base").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--base-url=localhost:8080", "--model=m"], "--base-url: got 'localhost:8080'; accepted"),
+        (["--base-url=http://localhost/v1"], "--model (or OPENAI_MODEL) is needed"),
+        (["--questions=/nowhere/at/all"], "--questions: "),
+        (["--questions=/dev/null"], "holds no question"),
+    ],
+)
+def test_bad_arguments(
+    args: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A wrong argument is named before anything starts."""
+    monkeypatch.delenv("OPENAI_MODEL", raising=False)
+    with pytest.raises(SystemExit):
+        main(args)
+    assert message in capsys.readouterr().err
