@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
-EXCERPT_TOKENS = 64  # the most that SQLite's snippet() gives, and short enough for a small model
+EXCERPT_TOKENS = 64  # the most that SQLite's snippet() gives
+EXCERPT_CHARS = 600  # tables are long however few their words, and the model is small
 QUESTION_WORDS = re.compile(  # says nothing about the topic, and none of it is Python syntax
     r"\b(a|an|are|can|do|does|happens|how|i|it|of|the|to|used|what|when|which|why)\b", re.I
 )
@@ -74,9 +75,10 @@ class KnowledgeBase:
             return []
         with self._connection() as db:
             rows = db.execute(
-                "SELECT id, revision, snippet(documents, 1, '', '', '…', ?) FROM documents"
-                " WHERE documents MATCH ? ORDER BY bm25(documents, 4.0, 1.0) LIMIT ?",
-                (EXCERPT_TOKENS, " OR ".join(f'"{word}"' for word in words), limit),
+                "SELECT id, revision, substr(snippet(documents, 1, '', '', '…', ?), 1, ?)"
+                " FROM documents WHERE documents MATCH ?"
+                " ORDER BY bm25(documents, 4.0, 1.0) LIMIT ?",
+                (EXCERPT_TOKENS, EXCERPT_CHARS, " OR ".join(f'"{word}"' for word in words), limit),
             )
             return [Document(*row) for row in rows]
 
