@@ -1,130 +1,119 @@
-"""What every cache shares: entries, tag tokens, leases, and LangGraph's ``BaseCache`` on top.
+"""What every cache shares: LangGraph's ``BaseCache`` on top of a few primitives.
 
-A cache stores *entries*: opaque payload bytes with what is needed to decide whether they may be
-served. LangGraph's ``BaseCache`` methods and ``invalidate`` are written once, here, on top of a
-handful of primitives that a backend implements.
-
-Tags work by *tokens*. Each tag has one random token in the backend, made when it is first asked
-for. An entry records the tokens its tags had **before** its computation began; it is served only
-while every one of them is still current. Invalidating a tag drops its token: O(1), and whatever
-was being computed meanwhile carries a dead token. A lost token (evicted, crashed) can only turn
-hits into misses, never the other way round.
+LangGraph's ``BaseCache`` methods and ``invalidate`` are written once, here, on top of a handful of
+primitives that a backend implements. What they store is in ``entry``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import os
+import threading
 import time
+import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from hashlib import blake2b
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from langgraph.cache.base import BaseCache, FullKey, Namespace
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from typing_extensions import Self
 
+from langgraph_perf.caches.entry import (
+    CacheStats,
+    DamagedEntry,
+    Entry,
+    Lease,
+    Lookup,
+    key_digest,
+    namespace_tag,
+    new_token,
+    pack,
+    servable,
+    tag_id,
+    timely,
+    unpack,
+)
 from langgraph_perf.codec import DecodeError, EncodeError, decode, encode
+from langgraph_perf.errors import ConfigurationError
+
+__all__ = [
+    "Cache",
+    "CacheStats",
+    "DamagedEntry",
+    "Entry",
+    "Lease",
+    "Lookup",
+    "Tally",
+    "TokenCache",
+    "key_digest",
+    "namespace_tag",
+    "new_token",
+    "pack",
+    "require_int",
+    "require_seconds",
+    "servable",
+    "tag_id",
+    "timely",
+    "unpack",
+]
 
 T = TypeVar("T")
 logger = logging.getLogger("langgraph_perf")
 
+_open_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One stored result.
 
-    Attributes:
-        payload: the encoded value; opaque to caches.
-        created: unix seconds when the value was stored.
-        expires: unix seconds from which on it is a miss; ``None`` never.
-        deps: ``(tag id, token)`` pairs taken before the computation began.
-        seconds: how long the computation took, which is what a hit saves.
-        tokens: language-model tokens the computation spent.
+class Tally:
+    """Counters of ``CacheStats``, shared by threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    def add(self, **counts: int) -> None:
+        """Add to the counters named."""
+        with self._lock:
+            for name, count in counts.items():
+                self._counts[name] += count
+
+    def read(self, answers: Collection[object | None]) -> None:
+        """Count each answer as a hit or, where it is ``None``, as a miss."""
+        hits = sum(answer is not None for answer in answers)
+        self.add(hits=hits, misses=len(answers) - hits)
+
+    def stats(self, **now: Any) -> CacheStats:
+        """A snapshot; ``now`` gives the fields that are not counters."""
+        with self._lock:
+            return CacheStats(**{**self._counts, **now})
+
+
+def require_int(field: str, given: object, minimum: int, unit: str) -> int:
+    """``given``, if it is an int of at least ``minimum``.
+
+    Raises:
+        ConfigurationError: it is not.
     """
-
-    payload: bytes
-    created: float
-    expires: float | None = None
-    deps: tuple[tuple[str, str], ...] = ()
-    seconds: float = 0.0
-    tokens: int = 0
+    if isinstance(given, bool) or not isinstance(given, int) or given < minimum:
+        raise ConfigurationError(
+            f"{field} must be an int of at least {minimum} {unit}, got {given!r}"
+        )
+    return given
 
 
-class Lookup(NamedTuple):
-    """What to look for. ``tags`` are tag ids; ``max_age`` (seconds) narrows the entry's expiry."""
+def require_seconds(field: str, given: object) -> float:
+    """``given``, if it is a positive number of seconds.
 
-    key: FullKey
-    tags: tuple[str, ...] = ()
-    max_age: float | None = None
-
-
-class Lease(NamedTuple):
-    """The right to compute one key, across processes, until ``expires`` (unix seconds).
-
-    ``token`` is the fence: a write that brings a token which no longer holds the key is refused.
+    Raises:
+        ConfigurationError: it is not.
     """
-
-    key: FullKey
-    token: str
-    expires: float
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """A snapshot of one cache: what it holds now, and what it did since it was opened here.
-
-    Attributes:
-        entries: how many entries it holds; ``bytes`` how much room they take.
-        expired: entries dropped because their time was over.
-        evicted: entries dropped to stay within the bounds.
-        damaged: stored entries that could not be read back and counted as misses.
-        tiers: one snapshot for each tier of a tiered cache, first tier first.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    writes: int = 0
-    invalidations: int = 0
-    expired: int = 0
-    evicted: int = 0
-    damaged: int = 0
-    entries: int = 0
-    bytes: int = 0
-    tiers: tuple[CacheStats, ...] = ()
-
-
-def tag_id(tag: str) -> str:
-    """The name a tag has in storage: a digest, so that no user id is ever at rest in the clear."""
-    return blake2b(tag.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def new_token() -> str:
-    """A fresh tag or lease token; never repeats, so a dead one can never come back to life."""
-    return secrets.token_hex(8)
-
-
-def servable(entry: Entry, lookup: Lookup, current: Mapping[str, str], now: float) -> bool:
-    """Whether ``entry`` may answer ``lookup`` at time ``now``, given the tags' current tokens.
-
-    An entry stored without one of the tags asked for is refused as well: it was written by a
-    policy that did not know the dependency.
-    """
-    if entry.expires is not None and now >= entry.expires:
-        return False
-    if lookup.max_age is not None and now >= entry.created + lookup.max_age:
-        return False
-    if not entry.deps:
-        return not lookup.tags
-    if any(current.get(tag) != token for tag, token in entry.deps):
-        return False
-    known = {tag for tag, _ in entry.deps}
-    return known.issuperset(lookup.tags)
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < 1e9:
+        raise ConfigurationError(f"{field} must be a positive number of seconds, got {given!r}")
+    return float(given)
 
 
 class Cache(BaseCache[Any]):
@@ -132,7 +121,8 @@ class Cache(BaseCache[Any]):
 
     A backend implements ``read``, ``write``, ``tag_tokens``, ``drop_tags``, ``clear``, ``stats``
     and, when other processes share it, ``acquire``, ``renew`` and ``release``. Primitives may raise
-    anything: callers treat every failure as a miss (the cache fails open).
+    anything: callers treat every failure as a miss (the cache fails open). Tag ids reach it in
+    ``tags`` arguments; ``clear`` also drops the tokens of the ``namespace_tag`` of what it clears.
 
     Args:
         serde: wraps the bytes of every value at rest (for example LangGraph's
@@ -140,10 +130,12 @@ class Cache(BaseCache[Any]):
         clock: what gives unix seconds; tests pass a fake one.
     """
 
-    blocking: ClassVar[bool] = True
+    blocking: bool = True
     """Whether primitives may block, so that an event loop must not call them directly."""
-    shared: ClassVar[bool] = False
+    shared: bool = False
     """Whether other processes see the entries, so that a lease is worth taking."""
+    supports_tags: bool = True
+    """Whether it has tag tokens; without them nothing that depends on a tag is ever served."""
     lease_seconds: float = 10.0
     """How long a lease lives without renewal: how long a killed holder delays its successor."""
 
@@ -156,8 +148,10 @@ class Cache(BaseCache[Any]):
         super().__init__(serde=serde)
         self.value_serde = serde
         self.clock = clock
+        self._tally = Tally()
         self._executor: ThreadPoolExecutor | None = None
         self._closed = False
+        _open_caches.add(self)
 
     # -- primitives ---------------------------------------------------------------------------
 
@@ -167,7 +161,11 @@ class Cache(BaseCache[Any]):
 
     @abstractmethod
     def write(self, key: FullKey, entry: Entry, lease: Lease | None = None) -> bool:
-        """Store; ``False`` when ``lease`` no longer holds the key, and nothing was stored."""
+        """Store, and give ``lease`` back with it.
+
+        ``False`` when nothing was stored: ``lease`` no longer holds the key, the entry alone is
+        larger than the cache, or the cache is closed.
+        """
 
     @abstractmethod
     def tag_tokens(self, tags: Sequence[str]) -> tuple[str, ...]:
@@ -180,6 +178,17 @@ class Cache(BaseCache[Any]):
     @abstractmethod
     def stats(self) -> CacheStats:
         """A snapshot of counters and sizes."""
+
+    def peek(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
+        """Like ``read``, but whatever became of the entries' tags: for a tiered cache, which
+        asks another tier about them. Without it a cache serves as an upper tier, but not for
+        entries that depend on tags."""
+        return self.read([Lookup(lookup.key, (), lookup.max_age) for lookup in lookups])
+
+    def peek_tags(self, tags: Collection[str]) -> Mapping[str, str]:
+        """The current tokens of these tag ids; those that have none may be left out."""
+        ids = list(tags)
+        return dict(zip(ids, self.tag_tokens(ids), strict=True))
 
     def acquire(self, key: FullKey) -> Lease | None:
         """Take the lease of ``key``; ``None`` while somebody else holds it."""
@@ -196,7 +205,7 @@ class Cache(BaseCache[Any]):
     # -- async twins: off the loop unless the backend never blocks ------------------------------
 
     async def _offload(self, fn: Callable[..., T], *args: Any) -> T:
-        if not self.blocking:
+        if not self.blocking or self._closed:
             return fn(*args)
         if self._executor is None:
             # a private one: the default executor runs the users' own blocking nodes
@@ -215,9 +224,25 @@ class Cache(BaseCache[Any]):
         """Like ``tag_tokens``, without blocking the event loop."""
         return await self._offload(self.tag_tokens, tags)
 
+    async def adrop_tags(self, tags: Sequence[str]) -> None:
+        """Like ``drop_tags``, without blocking the event loop."""
+        await self._offload(self.drop_tags, tags)
+
+    async def apeek(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
+        """Like ``peek``, without blocking the event loop."""
+        return await self._offload(self.peek, lookups)
+
+    async def apeek_tags(self, tags: Collection[str]) -> Mapping[str, str]:
+        """Like ``peek_tags``, without blocking the event loop."""
+        return await self._offload(self.peek_tags, tags)
+
     async def aacquire(self, key: FullKey) -> Lease | None:
         """Like ``acquire``, without blocking the event loop."""
         return await self._offload(self.acquire, key)
+
+    async def arenew(self, lease: Lease) -> Lease | None:
+        """Like ``renew``, without blocking the event loop."""
+        return await self._offload(self.renew, lease)
 
     async def arelease(self, lease: Lease) -> None:
         """Like ``release``, without blocking the event loop."""
@@ -232,7 +257,7 @@ class Cache(BaseCache[Any]):
 
     async def ainvalidate(self, *tags: str) -> None:
         """Like ``invalidate``, without blocking the event loop."""
-        await self._offload(self.drop_tags, _tag_ids(tags))
+        await self.adrop_tags(_tag_ids(tags))
 
     async def astats(self) -> CacheStats:
         """Like ``stats``, without blocking the event loop."""
@@ -248,6 +273,11 @@ class Cache(BaseCache[Any]):
     async def aclose(self) -> None:
         """Like ``close``, without blocking the event loop."""
         await asyncio.get_running_loop().run_in_executor(None, self.close)
+
+    def _after_fork(self) -> None:
+        """Runs in a forked child: locks may be held by threads that it does not have."""
+        self._executor = None
+        self._tally = Tally()
 
     def __enter__(self) -> Self:
         return self
@@ -296,6 +326,41 @@ class Cache(BaseCache[Any]):
                 continue
             now = self.clock()
             yield key, Entry(payload, now, None if ttl is None else now + ttl)
+
+
+class TokenCache(Cache):
+    """Reading written on top of ``peek`` and ``peek_tags``, for caches that implement both."""
+
+    @abstractmethod
+    def peek(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
+        """Like ``read``, but whatever became of the entries' tags; counts nothing."""
+
+    @abstractmethod
+    def peek_tags(self, tags: Collection[str]) -> Mapping[str, str]:
+        """The current tokens of these tag ids; those that have none are left out."""
+
+    def read(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
+        """One answer for each lookup, in order; only servable entries."""
+        entries = self.peek(lookups)
+        tags = {tag for entry in entries if entry is not None for tag, _ in entry.deps}
+        # after the entries: a token dropped between the two is seen
+        current = self.peek_tags(tags) if tags else {}
+        now = self.clock()
+        answers = [
+            entry if entry is not None and servable(entry, lookup, current, now) else None
+            for entry, lookup in zip(entries, lookups, strict=True)
+        ]
+        self._tally.read(answers)
+        return answers
+
+
+def _reset_after_fork() -> None:
+    for cache in list(_open_caches):
+        cache._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 def _tag_ids(tags: Sequence[str]) -> list[str]:
