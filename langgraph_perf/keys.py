@@ -1,0 +1,55 @@
+"""Digests of what a node is called with.
+
+Equal values give equal digests in every process; unequal ones differ, by type as well as by value;
+what cannot be keyed raises ``Unkeyable`` with the path to it, and is never guessed at. Messages
+count by content, see ``_messages_key``. The hash is BLAKE2b with 160 bits, so nobody can make two
+inputs share a key.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Any
+
+from langchain_core.messages import BaseMessage
+
+from langgraph_perf._canonical import MAX_DEPTH, Unkeyable, text
+from langgraph_perf._messages_key import DIGEST_SIZE, KeyEncoder, content_digest, forget
+
+__all__ = ["Unkeyable", "digest", "forget", "message_digest"]
+
+
+def digest(*parts: tuple[str, Any]) -> str:
+    """The key of the given parts, as 40 hexadecimal digits.
+
+    Args:
+        parts: pairs of a name and a value. The name is part of the key, and the root of the path
+            in an error: ``state["client"]``.
+
+    Raises:
+        Unkeyable: a part holds something that has no canonical value.
+    """
+    encoder = KeyEncoder()
+    encoded = [b"langgraph_perf key 1\\0"]
+    for root, value in parts:
+        encoded.append(text(root))
+        try:
+            encoded.append(encoder.encode(value))
+        except Unkeyable as exc:
+            exc.within(root)
+            raise
+        except RecursionError as exc:
+            raise Unkeyable(root, f"nested too deeply (accepted: {MAX_DEPTH} levels)") from exc
+    return blake2b(b"".join(encoded), digest_size=DIGEST_SIZE).hexdigest()
+
+
+def message_digest(message: BaseMessage) -> bytes:
+    """The digest of what one message says (20 bytes), whatever its id and metadata.
+
+    Raises:
+        TypeError: not a message.
+        Unkeyable: the message holds something that has no canonical value.
+    """
+    if not isinstance(message, BaseMessage):
+        raise TypeError(f"message_digest() takes a BaseMessage, got a {type(message).__name__}")
+    return content_digest(message)
