@@ -44,6 +44,7 @@ class Call:
         spent: language-model tokens the value's computation took.
         on_hit: told of the entry that answers the call.
         nested: whether the call is made inside the computation of another key.
+        looked: whether the caller has looked the key up, in vain, a moment ago.
     """
 
     name: str
@@ -61,6 +62,12 @@ class Call:
     spent: Callable[[Any], int]
     on_hit: Callable[[Entry], None]
     nested: bool
+    looked: bool = False
+
+    @property
+    def lookup(self) -> Lookup:
+        """What to look for."""
+        return Lookup(self.key, self.tags, self.max_age)
 
 
 @dataclass(slots=True)
@@ -161,10 +168,11 @@ Verdict = Entry | Literal["disperse", "abandon"]
 def steps(call: Call) -> Steps:
     """The steps of one call; returns what the body did or what a stored entry made of it."""
     while True:
-        if call.mode != "refresh":
+        if call.mode != "refresh" and not call.looked:
             served = yield from _stored(call, "hit")
             if served is not None:
                 return served
+        call.looked = False
         if call.mode == "only":
             call.counters.miss()
             return Raised(CacheMiss(call.name))
@@ -185,11 +193,12 @@ def steps(call: Call) -> Steps:
 
 
 def _stored(call: Call, how: Literal["hit", "coalesced"]) -> Generator[Step, Any, Ran | None]:
-    entry: Entry | None = yield Read(Lookup(call.key, call.tags, call.max_age))
-    return None if entry is None else _load(call, entry, how)
+    entry: Entry | None = yield Read(call.lookup)
+    return None if entry is None else load(call, entry, how)
 
 
-def _load(call: Call, entry: Entry, how: Literal["hit", "coalesced"]) -> Ran | None:
+def load(call: Call, entry: Entry, how: Literal["hit", "coalesced"]) -> Ran | None:
+    """Answer ``call`` with ``entry``, and count it; ``None`` if it cannot be read back."""
     try:
         value = call.load(entry.payload)
     except DecodeError as exc:
@@ -231,7 +240,7 @@ def _follow(
             return "alone"
         if current != tuple(token for _, token in entry.deps):
             return "again"
-    return _load(call, entry, "coalesced") or "alone"
+    return load(call, entry, "coalesced") or "alone"
 
 
 def _lead(call: Call, flight: Flight | None, *, took_over: bool = False) -> Steps:

@@ -217,6 +217,11 @@ class FlightTable:
         if self._flights.get(flight.key) is flight:
             del self._flights[flight.key]
 
+    def waiting(self) -> int:
+        """How many calls wait for another one's result."""
+        with _lock:
+            return sum(len(flight.waiters) for flight in self._flights.values())
+
     def __len__(self) -> int:
         return len(self._flights)
 

@@ -21,7 +21,7 @@ from langgraph_perf.codec import Allowlist, types_in
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.fingerprint import fingerprint
 from langgraph_perf.keys import Unkeyable
-from langgraph_perf.node import NAMESPACE, CachedNode, NodeSpec
+from langgraph_perf.node import NAMESPACE, CachedNode, CachedSeq, NodeSpec
 from langgraph_perf.policy import CacheControl, CachePolicy
 from langgraph_perf.stats import ItemCounters, NodeStats, Stats
 
@@ -110,10 +110,14 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
                     spec.code = fingerprint(node.bound)
                 except Unkeyable as exc:
                     spec.warn(f"{exc}; CachePolicy(version=...) can stand for the node's code")
-            node.bound = CachedNode(node.bound, spec)
-            # LangGraph must not cache it once more, and must not have built its runnable yet
-            node.cache_policy = None
-            node.__dict__.pop("node", None)
+            node.cache_policy = None  # LangGraph must not cache it once more
+            # What a task runs is ``node.node``, which LangGraph derives from the bound runnable and
+            # the writers when it is first asked for. Giving it beforehand leaves ``bound`` as it
+            # is, and with it all that LangGraph finds out by looking at it: subgraphs, tools,
+            # timeouts, drawings.
+            node.__dict__["node"] = CachedSeq(
+                CachedNode(node.bound, spec), *node.flat_writers, trace_policy=node.trace_policy
+            )
             graph._perf.specs[name] = spec
 
     def _check_policy(self, name: str, policy: CachePolicy) -> None:
@@ -201,6 +205,11 @@ class CompiledGraph(
     async def aclear_cache(self, nodes: Sequence[str] | None = None) -> None:
         """Like ``clear_cache``, without blocking the event loop."""
         await self._perf.required_cache().aclear(self._perf.namespaces(nodes))
+
+
+# Drawings and traces name a graph's class; what knows LangGraph's knows this one as well.
+CompiledGraph.__module__ = CompiledStateGraph.__module__
+CompiledGraph.__name__ = CompiledGraph.__qualname__ = CompiledStateGraph.__name__
 
 
 class Perf:

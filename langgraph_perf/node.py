@@ -28,7 +28,7 @@ from langgraph.pregel._utils import _runnable_has_native_async
 
 from langgraph_perf import keys, replay
 from langgraph_perf._binding import BINDING, Binding
-from langgraph_perf._call import Call, Ran
+from langgraph_perf._call import Call, Ran, load
 from langgraph_perf._drive import Caller, adrive, adrive_stream, drive, drive_stream
 from langgraph_perf._flight import held_flights
 from langgraph_perf.caches.base import Entry, tag_id
@@ -95,7 +95,7 @@ class NodeSpec:
 
 
 class CachedNode(Runnable[Any, Any]):
-    """Stands in for a node's runnable; everything but running it is the runnable's own."""
+    """Runs in the place of a node's runnable."""
 
     def __init__(self, bound: Runnable[Any, Any], spec: NodeSpec) -> None:
         self.bound = bound
@@ -106,71 +106,133 @@ class CachedNode(Runnable[Any, Any]):
         self._steps: Sequence[Runnable[Any, Any]] = bound.steps if is_sequence else [bound]
         self._uses_executor = not _runnable_has_native_async(bound)
 
-    def __getattr__(self, name: str) -> Any:
-        # asked only for what is not found here; ``bound`` itself is missing while unpickling
-        if name == "bound" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.bound, name)
-
-    def get_name(self, suffix: str | None = None, *, name: str | None = None) -> str:
-        """The runnable's own name."""
-        return self.bound.get_name(suffix, name=name)
-
     # -- running ----------------------------------------------------------------------------------
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """Answer from the cache, or run the node."""
-        config = config or ensure_config()
-        attempt = _Attempt(self, input, config, kwargs)
-        call, caller = attempt.prepare()
+        attempt = self._attempt(input, config, kwargs)
+        call = attempt.take_call()
         if call is None:
-            return attempt.invoke().value
-        return drive(call, attempt.invoke, caller)
+            return attempt.counted(attempt.invoke())
+        return drive(call, attempt.invoke, attempt.caller)
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """Like ``invoke``, without blocking the event loop."""
-        config = config or ensure_config()
-        attempt = _Attempt(self, input, config, kwargs)
-        call, caller = attempt.prepare()
+        attempt = self._attempt(input, config, kwargs)
+        call = attempt.take_call()
         if call is None:
-            return (await attempt.ainvoke()).value
-        return await adrive(call, attempt.ainvoke, caller)
+            return attempt.counted(await attempt.ainvoke())
+        return await adrive(call, attempt.ainvoke, attempt.caller)
 
     def stream(
         self, input: Any, config: RunnableConfig | None = None, **kwargs: Any | None
     ) -> Iterator[Any]:
         """Stream the node's output; a stored result comes in one piece."""
-        config = config or ensure_config()
-        attempt = _Attempt(self, input, config, kwargs)
-        call, caller = attempt.prepare()
+        attempt = self._attempt(input, config, kwargs)
+        call = attempt.take_call()
         if call is None:
             chunks, finish = attempt.stream()
             yield from chunks
-            finish()
+            attempt.counted(finish())
         else:
-            yield from drive_stream(call, attempt.stream, caller)
+            yield from drive_stream(call, attempt.stream, attempt.caller)
 
     async def astream(
         self, input: Any, config: RunnableConfig | None = None, **kwargs: Any | None
     ) -> AsyncIterator[Any]:
         """Like ``stream``, without blocking the event loop."""
-        config = config or ensure_config()
-        attempt = _Attempt(self, input, config, kwargs)
-        call, caller = attempt.prepare()
+        attempt = self._attempt(input, config, kwargs)
+        call = attempt.take_call()
         if call is None:
             chunks, finish = attempt.astream()
             async for chunk in chunks:
                 yield chunk
-            finish()
+            attempt.counted(finish())
         else:
-            async for chunk in adrive_stream(call, attempt.astream, caller):
+            async for chunk in adrive_stream(call, attempt.astream, attempt.caller):
                 yield chunk
+
+    def _attempt(
+        self, input: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
+    ) -> _Attempt:
+        config = config or ensure_config()
+        attempt: _Attempt | None = kwargs.pop(_ATTEMPT, None)
+        if attempt is None:
+            attempt = _Attempt(self, input, config, kwargs)
+            attempt.prepare()
+        else:
+            attempt.config = config
+        return attempt
+
+
+_ATTEMPT = "langgraph_perf_attempt"
+
+
+class CachedSeq(RunnableSeq):
+    """The node and its writers, as LangGraph puts them together.
+
+    While nobody listens to callbacks, a hit skips the bookkeeping of a run that nobody would see
+    and goes straight to the writers, which decide where the graph goes next.
+    """
+
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """Answer from the cache, or run the node; then write."""
+        attempt = self._unobserved(input, config, kwargs)
+        if attempt is not None and attempt.call is not None:
+            call = attempt.call
+            found = attempt.looked_up(call.backend.read(call.lookup))
+            if found is not None:
+                for writer in self.steps[1:]:
+                    writer.invoke(found.value, config)
+                return found.value
+        return super().invoke(input, config, **kwargs)
+
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """Like ``invoke``, without blocking the event loop."""
+        attempt = self._unobserved(input, config, kwargs)
+        if attempt is not None and attempt.call is not None:
+            call = attempt.call
+            found = attempt.looked_up(await call.backend.aread(call.lookup))
+            if found is not None:
+                for writer in self.steps[1:]:
+                    await writer.ainvoke(found.value, config)
+                return found.value
+        return await super().ainvoke(input, config, **kwargs)
+
+    def _unobserved(
+        self, input: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
+    ) -> _Attempt | None:
+        """The attempt, handed on to the node through ``kwargs``; ``None`` if somebody listens."""
+        if config is None or kwargs:
+            return None
+        callbacks = config.get("callbacks")
+        if isinstance(callbacks, BaseCallbackManager) and (
+            callbacks.handlers or callbacks.inheritable_handlers
+        ):
+            return None
+        node = self.steps[0]
+        assert isinstance(node, CachedNode)
+        attempt = kwargs[_ATTEMPT] = _Attempt(node, input, config, {})
+        attempt.prepare()
+        if attempt.call is not None and attempt.call.mode == "refresh":
+            return None
+        return attempt
 
 
 class _Attempt:
     """One call of a cached node."""
 
-    __slots__ = ("_asked", "_started", "_usage", "config", "input", "kwargs", "node")
+    __slots__ = (
+        "_asked",
+        "_started",
+        "_usage",
+        "call",
+        "caller",
+        "config",
+        "input",
+        "kwargs",
+        "node",
+    )
 
     def __init__(
         self, node: CachedNode, input: Any, config: RunnableConfig, kwargs: dict[str, Any]
@@ -179,14 +241,16 @@ class _Attempt:
         self.input = input
         self.config = config
         self.kwargs = kwargs
+        self.call: Call | None = None
+        self.caller = _NOBODY
         self._asked = False
         self._usage: _Usage | None = None
         self._started = 0.0
 
     # -- before -----------------------------------------------------------------------------------
 
-    def prepare(self) -> tuple[Call | None, Caller]:
-        """The call to make, or ``None`` to just run the node.
+    def prepare(self) -> None:
+        """Decide on ``call``, the call to make; ``None``: just run the node.
 
         Raises:
             CacheMiss: the node may not run, and the call cannot be looked up.
@@ -202,7 +266,7 @@ class _Attempt:
                 )
             if self.kwargs:
                 raise Uncached("arguments", "it was called with extra arguments")
-            return self._call(spec, conf, binding)
+            self.call, self.caller = self._call(spec, conf, binding)
         except Uncached as exc:
             if binding is not None and binding.control.for_node(spec.name).mode == "only":
                 raise CacheMiss(
@@ -211,7 +275,22 @@ class _Attempt:
             spec.counters.refused(exc.reason)
             if exc.message is not None:
                 spec.warn(exc.message)
-            return None, _NOBODY
+
+    def looked_up(self, entry: Entry | None) -> Ran | None:
+        """What a first look at the cache makes of it."""
+        assert self.call is not None
+        found = None if entry is None else load(self.call, entry, "hit")
+        if found is None:
+            self.call.looked = True
+        else:
+            self.call = None
+        return found
+
+    def take_call(self) -> Call | None:
+        """The call, for whoever makes it: kept here it would make a cycle, and LangGraph counts on
+        a finished run being freed at once."""
+        call, self.call = self.call, None
+        return call
 
     def _call(
         self, spec: NodeSpec, conf: Mapping[str, Any], binding: Binding
@@ -353,6 +432,11 @@ class _Attempt:
         return Ran(value, seconds, "asked_a_human" if self._asked else None)
 
     # -- after ------------------------------------------------------------------------------------
+
+    def counted(self, ran: Ran) -> Any:
+        """The value of an uncached run."""
+        self.node.spec.counters.ran(ran.seconds, self._spent(ran.value))
+        return ran.value
 
     def _refuse(self, value: Any) -> str | None:
         when = self.node.spec.policy.when

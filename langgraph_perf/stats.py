@@ -10,7 +10,6 @@ from types import MappingProxyType
 
 from langgraph_perf.caches.base import CacheStats
 
-_EMPTY: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class NodeStats:
     misses: int = 0
     coalesced: int = 0
     runs: int = 0
-    refusals: Mapping[str, int] = _EMPTY
+    refusals: Mapping[str, int] = field(default_factory=dict)
     seconds_saved: float = 0.0
     tokens_saved: int = 0
     seconds_spent: float = 0.0
@@ -55,7 +54,7 @@ class Stats:
 
     nodes: Mapping[str, NodeStats] = field(default_factory=dict)
     items: Mapping[str, NodeStats] = field(default_factory=dict)
-    failures: Mapping[str, int] = _EMPTY
+    failures: Mapping[str, int] = field(default_factory=dict)
     cache: CacheStats | None = None
 
 

@@ -1,0 +1,78 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from langgraph_perf import DiskCache, MemoryCache, TieredCache
+from langgraph_perf._backend import Backend
+from langgraph_perf.caches.base import Cache
+
+
+class Clock:
+    """A clock that stands still until told to move."""
+
+    def __init__(self, now: float = 1_700_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def make_cache(kind: str, directory: Path, **options: Any) -> Cache:
+    """A cache of the named kind."""
+    if kind == "memory":
+        return MemoryCache(**options)
+    if kind == "disk":
+        return DiskCache(directory / "cache", **options)
+    assert kind == "tiered"
+    return TieredCache(MemoryCache(**options), DiskCache(directory / "cache", **options))
+
+
+def check_idle(cache: Cache) -> None:
+    """Whatever happened, nothing may be left in flight."""
+    assert len(Backend.of(cache).flights) == 0
+
+
+@pytest.fixture(params=["memory", "disk", "tiered"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cache]:
+    """Every cache of this library, checked for leftovers and closed after the test."""
+    made = make_cache(request.param, tmp_path)
+    yield made
+    check_idle(made)
+    made.close()
+
+
+@pytest.fixture
+def memory() -> Iterator[MemoryCache]:
+    """A memory cache, checked for leftovers after the test."""
+    made = MemoryCache()
+    yield made
+    check_idle(made)
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def no_threads_left() -> Iterator[None]:
+    """No test leaves a thread behind that would keep the process alive."""
+    before = set(threading.enumerate())
+    yield
+    gc.collect()
+    for thread in set(threading.enumerate()) - before:
+        if not thread.daemon and not thread.name.startswith(("asyncio_", "ThreadPoolExecutor")):
+            thread.join(5)
+            assert not thread.is_alive(), f"{thread.name} is still running"
