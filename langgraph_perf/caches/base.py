@@ -81,10 +81,12 @@ class Tally:
             for name, count in counts.items():
                 self._counts[name] += count
 
-    def read(self, answers: Collection[object | None]) -> None:
+    def read(self, answers: list[Entry | None]) -> None:
         """Count each answer as a hit or, where it is ``None``, as a miss."""
-        hits = sum(answer is not None for answer in answers)
-        self.add(hits=hits, misses=len(answers) - hits)
+        hits = len(answers) - answers.count(None)
+        with self._lock:
+            self._counts["hits"] += hits
+            self._counts["misses"] += len(answers) - hits
 
     def stats(self, **now: Any) -> CacheStats:
         """A snapshot; ``now`` gives the fields that are not counters."""

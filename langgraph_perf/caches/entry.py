@@ -27,8 +27,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One stored result.
 
     Attributes:
@@ -158,7 +157,11 @@ def servable(entry: Entry, lookup: Lookup, current: Mapping[str, str], now: floa
 
 _MAGIC = b"LGP\x01"
 """What it is and, in the last byte, the version of this format."""
-_SUM = 16
+_SUM = len(_MAGIC)
+_META = _SUM + 16
+"""Where in the head the checksum and the metadata begin."""
+_JOINED = 2**15
+"""Up to here, joining bytes is cheaper than feeding them to the checksum one by one."""
 _LENGTH = struct.Struct("<I")
 
 
@@ -167,9 +170,10 @@ class DamagedEntry(Exception):
 
 
 def seal(
-    key: FullKey, entry: Entry, serde: SerializerProtocol | None = None
+    digest: bytes, entry: Entry, serde: SerializerProtocol | None = None
 ) -> tuple[bytes, bytes]:
-    """``entry`` as two byte strings, head and body, for backends that can keep them apart.
+    """``entry`` as two byte strings, head and body, for backends that can keep them apart;
+    ``digest`` is the key's ``key_digest``.
 
     The body is the payload itself: one of a megabyte is not copied. The head holds a checksum
     (XXH3, 128 bits) over everything, the key included, so that bytes found under another key are
@@ -178,7 +182,6 @@ def seal(
     """
     meta = ormsgpack.packb((entry.created, entry.expires, entry.seconds, entry.tokens, entry.deps))
     body = entry.payload
-    digest = key_digest(key)
     if serde is not None:
         encoding, body = serde.dumps_typed(
             b"".join((_LENGTH.pack(len(meta)), digest, meta, entry.payload))
@@ -188,18 +191,17 @@ def seal(
 
 
 def unseal(
-    key: FullKey, head: object, body: object, serde: SerializerProtocol | None = None
+    digest: bytes, head: object, body: object, serde: SerializerProtocol | None = None
 ) -> Entry:
-    """The entry that ``seal`` made these bytes from.
+    """The entry that ``seal`` made these bytes from; ``digest`` is the key's ``key_digest``.
 
     Raises:
         DamagedEntry: they are not what ``seal`` made for this key with this ``serde``.
     """
     if not (isinstance(head, bytes) and isinstance(body, bytes) and head.startswith(_MAGIC)):
         raise DamagedEntry("not an entry of this library")
-    start = len(_MAGIC) + _SUM
-    meta, digest = head[start:], key_digest(key)
-    if head[len(_MAGIC) : start] != _checksum(digest, meta, body):
+    meta = head[_META:]
+    if head[_SUM:_META] != _checksum(digest, meta, body):
         raise DamagedEntry("checksum does not match")
     # the checksum keeps accidents out, not somebody who computes it too: trust no shape
     # (adding 0 refuses what is not a number)
@@ -212,7 +214,7 @@ def unseal(
             body,
             created + 0,
             None if expires is None else expires + 0,
-            tuple([(str(tag), str(token)) for tag, token in deps]),
+            tuple([(str(tag), str(token)) for tag, token in deps]) if deps else (),
             seconds + 0,
             tokens + 0,
         )
@@ -238,7 +240,7 @@ def _unlock(
 
 def pack(key: FullKey, entry: Entry, serde: SerializerProtocol | None = None) -> bytes:
     """``entry`` as one byte string; see ``seal``."""
-    head, body = seal(key, entry, serde)
+    head, body = seal(key_digest(key), entry, serde)
     return b"".join((_LENGTH.pack(len(head)), head, body))
 
 
@@ -252,10 +254,12 @@ def unpack(key: FullKey, blob: object, serde: SerializerProtocol | None = None) 
         raise DamagedEntry("not an entry of this library")
     (size,) = _LENGTH.unpack_from(blob)
     start = _LENGTH.size + size
-    return unseal(key, blob[_LENGTH.size : start], blob[start:], serde)
+    return unseal(key_digest(key), blob[_LENGTH.size : start], blob[start:], serde)
 
 
 def _checksum(digest: bytes, meta: bytes, body: bytes) -> bytes:
+    if len(body) <= _JOINED:
+        return xxhash.xxh3_128_digest(b"".join((digest, meta, body)))
     checksum = xxhash.xxh3_128(digest)
     checksum.update(meta)
     checksum.update(body)

@@ -1,0 +1,421 @@
+"""A cache in a directory, shared by the processes of one machine.
+
+The directory holds one SQLite database in diskcache's format, so that diskcache itself can open,
+check and cull it. Its own reading and writing is not used: it unpickles values and opens whatever
+path a row names (CVE-2025-69872), returns truncated values, and keeps one connection per thread.
+Here every value is a row of raw bytes with a checksum, and no other file is opened. Tag tokens and
+leases are tables beside diskcache's, out of the reach of its culling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from langgraph.cache.base import FullKey, Namespace
+from langgraph.checkpoint.serde.base import SerializerProtocol
+
+from langgraph_perf.caches._sqlite import PAGE, Database
+from langgraph_perf.caches.base import (
+    CacheStats,
+    DamagedEntry,
+    Entry,
+    Lease,
+    Lookup,
+    TokenCache,
+    key_digest,
+    namespace_tag,
+    new_token,
+    require_int,
+    require_seconds,
+    servable,
+    timely,
+)
+from langgraph_perf.caches.entry import namespace_digest, seal, unseal
+from langgraph_perf.errors import ConfigurationError
+
+_SMALLEST = 2**16  # an empty database takes three quarters of it
+_ROW_COST = 400
+"""Bytes a row takes beyond its value: its other columns, three indexes, half-filled pages."""
+_TAG_COST = 256
+_IN_ONE_STATEMENT = 500  # older SQLite takes at most 999 variables
+_SWEEP_EVERY = 8
+_SWEEP = 128
+_BATCH = 1000
+"""Most rows one transaction removes when much is to go: others must get their turn."""
+
+_UPSERT = """
+    INSERT INTO Cache (key, raw, store_time, expire_time, access_time, access_count,
+                       tag, size, mode, filename, value)
+    VALUES (?, 1, ?, ?, ?, 0, ?, 0, 1, NULL, ?)
+    ON CONFLICT (key, raw) DO UPDATE SET
+        store_time = excluded.store_time, expire_time = excluded.expire_time,
+        access_time = excluded.access_time, access_count = 0,
+        tag = excluded.tag, size = 0, mode = 1, filename = NULL, value = excluded.value"""
+_OURS = "FROM Cache WHERE raw = 1 AND mode = 1 AND filename IS NULL AND key"
+_SELECT_ONE = f"SELECT tag, value {_OURS} = ?"
+_SELECT = f"SELECT tag, value, key {_OURS}"
+_TAKE = """
+    INSERT INTO Leases VALUES (?, ?, ?)
+    ON CONFLICT (key) DO UPDATE SET token = excluded.token, expires = excluded.expires
+    WHERE expires <= ?"""
+
+
+class DiskCache(TokenCache):
+    """Keeps entries in a directory that all processes of this user on this machine may share.
+
+    Args:
+        directory: where; made when missing. It becomes private to its user (mode 0700). ``~`` and
+            environment variables are expanded.
+        size_limit: bytes the directory may take; the entries stored longest ago leave first. An
+            entry that alone is larger is not stored.
+        lease_seconds: how long a killed process delays those that wait for its result.
+        timeout: seconds an operation may wait for the database before it fails.
+        serde: see ``Cache``.
+        clock: see ``Cache``; all processes must agree on it.
+
+    Raises:
+        ConfigurationError: an argument is not as described, or the directory cannot be used.
+    """
+
+    shared = True
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        size_limit: int = 2**30,
+        lease_seconds: float = 10.0,
+        timeout: float = 1.0,
+        serde: SerializerProtocol | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(serde=serde, clock=clock)
+        self.directory = _path(directory)
+        self.size_limit = require_int("size_limit", size_limit, _SMALLEST, "bytes")
+        self.lease_seconds = require_seconds("lease_seconds", lease_seconds)
+        self.timeout = require_seconds("timeout", timeout)
+        # the write-ahead log counts too: part of the room is kept for it
+        log = min(4 * 2**20, size_limit // 8)
+        self._room = size_limit - log
+        self._most_tags = max(64, size_limit // 8 // _TAG_COST)
+        self._writes_to_sweep = 0
+        self._next_sweep = 0.0
+        self._db = Database(self.directory, size_limit, log, self.timeout)
+        self._finalizer = weakref.finalize(self, self._db.close)
+        # when it cannot be done now, the next write does it
+        with contextlib.suppress(sqlite3.DatabaseError, TimeoutError):
+            self._shrink()
+
+    # -- entries ----------------------------------------------------------------------------------
+
+    def read(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
+        """One answer for each lookup, in order; only servable entries."""
+        if len(lookups) != 1 or self._closed:
+            return super().read(lookups)
+        # the same, made short for what is asked most: one result, without tags
+        (lookup,) = lookups
+        digest = key_digest(lookup.key)
+        rows = self._db.rows(_SELECT_ONE, (digest,))
+        entry = self._entry(lookup, digest, rows[0]) if rows else None
+        if entry is not None and (entry.deps or lookup.tags):
+            current = self.peek_tags({tag for tag, _ in entry.deps})
+            entry = entry if servable(entry, lookup, current, self.clock()) else None
+        self._tally.read([entry])
+        return [entry]
+
+    def peek(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
+        """Like ``read``, but whatever became of the entries' tags; counts nothing."""
+        if self._closed or not lookups:
+            return [None] * len(lookups)
+        digests = [key_digest(lookup.key) for lookup in lookups]
+        rows = {}
+        with self._db.connection() as con:
+            for row in _select(con, _SELECT, digests):
+                rows[row[2]] = row
+        return [
+            self._entry(lookup, digest, rows[digest]) if digest in rows else None
+            for lookup, digest in zip(lookups, digests, strict=True)
+        ]
+
+    def _entry(self, lookup: Lookup, digest: bytes, row: tuple[Any, ...]) -> Entry | None:
+        try:
+            entry = unseal(digest, row[0], row[1], self.value_serde)
+        except DamagedEntry:
+            self._tally.add(damaged=1)
+            return None
+        return entry if timely(entry, lookup, self.clock()) else None
+
+    def write(self, key: FullKey, entry: Entry, lease: Lease | None = None) -> bool:
+        """Store, and give ``lease`` back with it.
+
+        ``False`` when nothing was stored: ``lease`` no longer holds the key, the entry alone is
+        larger than the cache, or the cache is closed.
+        """
+        if self._closed:
+            return False
+        name = key_digest(key)
+        head, body = seal(name, entry, self.value_serde)
+        size = len(head) + len(body) + _ROW_COST
+        now = self.clock()
+        with self._db.transaction() as con:
+            if lease is not None and not _holds(con, name, lease, now):
+                return False
+            self._sweep(con, now)
+            if size > self._room:
+                # what it was to replace is out of date all the same
+                con.execute("DELETE FROM Cache WHERE key = ? AND raw = 1", (name,))
+                self._tally.add(refused=1)
+                return False
+            if _used(con) + size > self._room:
+                con.execute("DELETE FROM Cache WHERE key = ? AND raw = 1", (name,))
+                self._evict(con, size)
+            con.execute(_UPSERT, (name, now, entry.expires, now, head, body))
+            if lease is not None:
+                con.execute("DELETE FROM Leases WHERE key = ?", (name,))
+        self._tally.add(writes=1)
+        return True
+
+    def _sweep(self, con: sqlite3.Connection, now: float) -> None:
+        self._writes_to_sweep -= 1
+        if self._writes_to_sweep > 0 and now < self._next_sweep:
+            return
+        self._writes_to_sweep = _SWEEP_EVERY
+        self._next_sweep = now + 1.0
+        self._expire(con, now, _SWEEP)
+        con.execute("DELETE FROM Leases WHERE expires <= ?", (now,))
+
+    def _expire(self, con: sqlite3.Connection, now: float, most: int) -> int:
+        expired = con.execute(
+            "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache"
+            " WHERE expire_time <= ? ORDER BY expire_time LIMIT ?)",
+            (now, most),
+        ).rowcount
+        if expired:
+            self._tally.add(expired=expired)
+        return expired
+
+    def _evict(self, con: sqlite3.Connection, size: int) -> None:
+        """Remove entries, those stored longest ago first, until ``size`` bytes have room."""
+        batch = 4
+        while _used(con) + size > self._room:
+            evicted = con.execute(
+                "DELETE FROM Cache WHERE rowid IN"
+                " (SELECT rowid FROM Cache ORDER BY store_time LIMIT ?)",
+                (batch,),
+            ).rowcount
+            if not evicted:
+                return
+            self._tally.add(evicted=evicted)
+            batch = min(batch * 2, _BATCH)
+
+    def _shrink(self) -> None:
+        """Give room back to the disk, if the file is larger than it may be."""
+        with self._db.connection() as con:
+            if _pages(con, "page_count") * PAGE <= self._room:
+                return
+        with self._db.transaction() as con:
+            self._evict(con, 0)
+        self._vacuum()
+
+    def _vacuum(self) -> None:
+        with self._db.connection() as con:
+            for _ in range(0, _pages(con, "freelist_count"), _BATCH):
+                con.execute(f"PRAGMA incremental_vacuum({_BATCH})").fetchall()
+
+    def clear(self, namespaces: Sequence[Namespace] | None = None) -> None:
+        """Delete what is in exactly these namespaces; ``None`` deletes everything."""
+        if self._closed:
+            return
+        if namespaces is None:
+            with self._db.transaction(durable=True) as con:
+                con.execute("DELETE FROM Tags")
+            self._delete("1", ())
+        for namespace in namespaces or ():
+            with self._db.transaction(durable=True) as con:
+                con.execute("DELETE FROM Tags WHERE id = ?", (namespace_tag(tuple(namespace)),))
+            first = namespace_digest(tuple(namespace))
+            self._delete("raw = 1 AND key BETWEEN ? AND ?", (first, first + b"\xff" * 16))
+        if namespaces is None:
+            self._vacuum()
+
+    def _delete(self, condition: str, values: tuple[bytes, ...]) -> None:
+        with self._db.connection() as con:
+            # not what others store meanwhile, or it might never end
+            (last,) = con.execute("SELECT max(rowid) FROM Cache").fetchone()
+        deleted = _BATCH if last is not None else 0
+        while deleted == _BATCH:
+            with self._db.transaction(durable=True) as con:
+                deleted = con.execute(
+                    "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache"
+                    f" WHERE {condition} AND rowid <= ? LIMIT {_BATCH})",
+                    (*values, last),
+                ).rowcount
+
+    # -- tags -------------------------------------------------------------------------------------
+
+    def peek_tags(self, tags: Collection[str]) -> Mapping[str, str]:
+        """The current tokens of these tag ids; those that have none are left out."""
+        if self._closed or not tags:
+            return {}
+        with self._db.connection() as con:
+            return dict(_select(con, "SELECT id, token FROM Tags WHERE id", list(tags)))
+
+    def tag_tokens(self, tags: Sequence[str]) -> tuple[str, ...]:
+        """The current token of each tag id, made where there is none."""
+        found: dict[str, str] = {}
+        ageing: list[str] = []
+        if tags and not self._closed:
+            with self._db.connection() as con:
+                for tag, token, age in _select(
+                    con,
+                    "SELECT id, token, (SELECT max(n) FROM Tags) - n FROM Tags WHERE id",
+                    list(set(tags)),
+                ):
+                    found[tag] = token
+                    if age > self._most_tags // 2:
+                        ageing.append(tag)
+            missing = set(tags) - found.keys()
+            if missing or ageing:
+                found = self._make_tokens(missing, ageing, tags)
+        # one that is not there (closed, or too many at once) matches nothing: a miss
+        return tuple([found.get(tag) or new_token() for tag in tags])
+
+    def _make_tokens(
+        self, missing: Iterable[str], ageing: Iterable[str], tags: Sequence[str]
+    ) -> dict[str, str]:
+        with self._db.transaction() as con:
+            con.executemany(
+                "INSERT INTO Tags (id, token) VALUES (?, ?) ON CONFLICT (id) DO NOTHING",
+                [(tag, new_token()) for tag in missing],
+            )
+            # in use: to the young end, so that the oldest are those nobody asks for
+            con.executemany(
+                "UPDATE Tags SET n = (SELECT max(n) FROM Tags) + 1 WHERE id = ?",
+                [(tag,) for tag in ageing],
+            )
+            con.execute(
+                "DELETE FROM Tags WHERE n <= (SELECT max(n) FROM Tags) - ?", (self._most_tags,)
+            )
+            return dict(_select(con, "SELECT id, token FROM Tags WHERE id", list(set(tags))))
+
+    def drop_tags(self, tags: Sequence[str]) -> None:
+        """Forget the tokens of these tag ids."""
+        if self._closed or not tags:
+            return
+        # durable: a token lost by a power failure may not come back to life
+        with self._db.transaction(durable=True) as con:
+            con.executemany("DELETE FROM Tags WHERE id = ?", [(tag,) for tag in tags])
+        self._tally.add(invalidations=len(tags))
+
+    # -- leases -----------------------------------------------------------------------------------
+
+    def acquire(self, key: FullKey) -> Lease | None:
+        """Take the lease of ``key``; ``None`` while somebody else holds it."""
+        now = self.clock()
+        lease = Lease(key, new_token(), now + self.lease_seconds)
+        if self._closed:
+            return lease  # nobody to share the result with: compute
+        with self._db.transaction() as con:
+            taken = con.execute(_TAKE, (key_digest(key), lease.token, lease.expires, now)).rowcount
+        return lease if taken else None
+
+    def renew(self, lease: Lease) -> Lease | None:
+        """Extend a lease by ``lease_seconds``; ``None`` when it was lost."""
+        if self._closed:
+            return None
+        now = self.clock()
+        renewed = lease._replace(expires=now + self.lease_seconds)
+        with self._db.transaction() as con:
+            kept = con.execute(
+                "UPDATE Leases SET expires = ? WHERE key = ? AND token = ? AND expires > ?",
+                (renewed.expires, key_digest(lease.key), lease.token, now),
+            ).rowcount
+        return renewed if kept else None
+
+    def release(self, lease: Lease) -> None:
+        """Give a lease back; one that was lost meanwhile is left to its new holder."""
+        if self._closed:
+            return
+        with self._db.transaction() as con:
+            con.execute(
+                "DELETE FROM Leases WHERE key = ? AND token = ?",
+                (key_digest(lease.key), lease.token),
+            )
+
+    # -- the rest ---------------------------------------------------------------------------------
+
+    def stats(self) -> CacheStats:
+        """A snapshot of counters and sizes, once what has expired is removed."""
+        entries = used = 0
+        # a database that cannot be asked still has counters to show
+        with contextlib.suppress(sqlite3.Error, OSError):
+            if not self._closed:
+                self._expire_all()
+                with self._db.connection() as con:
+                    (entries,) = con.execute("SELECT count(*) FROM Cache").fetchone()
+                    used = _used(con)
+        return self._tally.stats(entries=entries, bytes=used)
+
+    def _expire_all(self) -> None:
+        now = self.clock()
+        with self._db.connection() as con:
+            found = con.execute("SELECT 1 FROM Cache WHERE expire_time <= ? LIMIT 1", (now,))
+            expired = _BATCH if found.fetchone() else 0
+        while expired == _BATCH:
+            with self._db.transaction() as con:
+                expired = self._expire(con, now, _BATCH)
+
+    def close(self) -> None:
+        """Close the database; a closed cache answers every lookup with a miss."""
+        super().close()
+        self._finalizer()
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._db.after_fork()
+
+
+def _path(given: object) -> Path:
+    if not isinstance(given, (str, os.PathLike)) or not isinstance(os.fspath(given), str):
+        raise ConfigurationError(f"directory must be a path (str or os.PathLike), got {given!r}")
+    text = os.fspath(given)
+    if not text or "\0" in text:
+        raise ConfigurationError(f"directory must name a directory, got {given!r}")
+    return Path(os.path.abspath(os.path.expandvars(os.path.expanduser(text))))
+
+
+def _select(
+    con: sqlite3.Connection, statement: str, values: Sequence[bytes | str]
+) -> Iterator[tuple[Any, ...]]:
+    """The rows of ``statement``, which ends before the operator that takes ``values``."""
+    if len(values) == 1:
+        yield from con.execute(f"{statement} = ?", values).fetchall()
+        return
+    for start in range(0, len(values), _IN_ONE_STATEMENT):
+        some = values[start : start + _IN_ONE_STATEMENT]
+        marks = ",".join("?" * len(some))
+        yield from con.execute(f"{statement} IN ({marks})", some).fetchall()
+
+
+def _holds(con: sqlite3.Connection, name: bytes, lease: Lease, now: float) -> bool:
+    row = con.execute(
+        "SELECT 1 FROM Leases WHERE key = ? AND token = ? AND expires > ?",
+        (name, lease.token, now),
+    ).fetchone()
+    return row is not None
+
+
+def _pages(con: sqlite3.Connection, pragma: str) -> int:
+    (count,) = con.execute(f"PRAGMA {pragma}").fetchone()
+    return int(count)
+
+
+def _used(con: sqlite3.Connection) -> int:
+    return (_pages(con, "page_count") - _pages(con, "freelist_count")) * PAGE
