@@ -177,9 +177,7 @@ class Backend:
 
     async def arelease(self, lease: Lease) -> None:
         """Give a lease back even if the caller is being cancelled."""
-        task = asyncio.ensure_future(
-            self._atry(self.writes, "lease", self.cache.arelease, lease)
-        )
+        task = asyncio.ensure_future(self._atry(self.writes, "lease", self.cache.arelease, lease))
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.shield(task)
 

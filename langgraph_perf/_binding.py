@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from langchain_core.runnables.config import RunnableConfig, var_child_runnable_config
+from langchain_core.runnables.config import var_child_runnable_config
 
 from langgraph_perf._backend import Backend
 from langgraph_perf.policy import CacheControl

@@ -140,9 +140,11 @@ async def _aperform(
     return await backend.arelease(step.lease)  # type: ignore[union-attr]
 
 
-def drive_stream(
-    call: Call, open_body: Callable[[], tuple[Iterator[Any], Callable[[], Ran]]], caller: Caller
-) -> Iterator[Any]:
+Opened = tuple[Iterator[Any], Callable[[], Ran]]
+AOpened = tuple[AsyncIterator[Any], Callable[[], Ran]]
+
+
+def drive_stream(call: Call, open_body: Callable[[], Opened], caller: Caller) -> Iterator[Any]:
     """Like ``drive``, yielding what the body streams while it runs; a stored result comes in one.
 
     ``open_body`` starts the body: what to iterate, and what then makes the result of it.
@@ -175,7 +177,9 @@ def drive_stream(
 
 
 async def adrive_stream(
-    call: Call, open_body: Callable[[], tuple[AsyncIterator[Any], Callable[[], Ran]]], caller: Caller
+    call: Call,
+    open_body: Callable[[], tuple[AsyncIterator[Any], Callable[[], Ran]]],
+    caller: Caller,
 ) -> AsyncIterator[Any]:
     """Like ``drive_stream``, awaiting."""
     machine = steps(call)

@@ -15,13 +15,14 @@ from typing_extensions import Self
 
 from langgraph_perf._backend import Backend
 from langgraph_perf._binding import BINDING, CONTROL, Binding, ambient, make_binding
+from langgraph_perf._identity import NAMESPACE, NodeSpec
 from langgraph_perf.caches.base import Cache
 from langgraph_perf.caches.foreign import ForeignCache
 from langgraph_perf.codec import Allowlist, types_in
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.fingerprint import fingerprint
 from langgraph_perf.keys import Unkeyable
-from langgraph_perf.node import NAMESPACE, CachedNode, CachedSeq, NodeSpec
+from langgraph_perf.node import CachedNode, CachedSeq
 from langgraph_perf.policy import CacheControl, CachePolicy
 from langgraph_perf.stats import ItemCounters, NodeStats, Stats
 
@@ -78,8 +79,8 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         """
         if cache is not None and not isinstance(cache, BaseCache):
             raise ConfigurationError(
-                f"compile(cache=): got {cache!r}; accepted: MemoryCache(...), DiskCache(directory), "
-                "TieredCache(...), any langgraph.cache.base.BaseCache, or None"
+                f"compile(cache=): got {cache!r}; accepted: MemoryCache(...), "
+                "DiskCache(directory), TieredCache(...), any langgraph.cache.base.BaseCache, or None"
             )
         compiled = super().compile(checkpointer, cache=cache, **kwargs)
         # compile() has no hook for the class it makes, and all that follows from the class is
@@ -256,9 +257,9 @@ class Perf:
             for name, spec in graph.perf.specs.items():
                 if spec.policy.tags:
                     raise ConfigurationError(
-                        f"node {prefix + name!r}, CachePolicy.tags: {type(self._graph.cache).__name__} "
-                        "cannot invalidate by tag; accepted: no tags, or compile(cache=) with "
-                        "MemoryCache, DiskCache or TieredCache"
+                        f"node {prefix + name!r}, CachePolicy.tags: "
+                        f"{type(self._graph.cache).__name__} cannot invalidate by tag; accepted: "
+                        "no tags, or compile(cache=) with MemoryCache, DiskCache or TieredCache"
                     )
 
     def check_control(self, control: CacheControl) -> None:

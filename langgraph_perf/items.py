@@ -170,9 +170,7 @@ class ItemCache:
         if self._backend is not None and batch.lookups:
             batch.found(await self._backend.aread_many(batch.lookups))
         if batch.missed:
-            tokens = (
-                await self._backend.atokens(batch.tags) if self._backend and batch.tags else ()
-            )
+            tokens = await self._backend.atokens(batch.tags) if self._backend and batch.tags else ()
             started = time.perf_counter()
             values = await compute_many(batch.missing_keys())
             for lookup, entry in batch.computed(values, tokens, time.perf_counter() - started):

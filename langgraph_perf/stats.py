@@ -11,7 +11,6 @@ from types import MappingProxyType
 from langgraph_perf.caches.base import CacheStats
 
 
-
 @dataclass(frozen=True, slots=True)
 class NodeStats:
     """What the cache did for one node since its graph was compiled.

@@ -1,0 +1,366 @@
+"""One attempt at running a cached node: whether the cache takes part, and how the body is run."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.callbacks.base import BaseCallbackManager
+from langchain_core.outputs import LLMResult
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import var_child_runnable_config
+from langchain_core.tracers.base import BaseTracer
+
+# private names of LangGraph, each with a test in tests/test_langgraph_internals.py
+from langgraph._internal._constants import (
+    CONFIG_KEY_RESUMING,
+    CONFIG_KEY_RUNTIME,
+    CONFIG_KEY_SCRATCHPAD,
+)
+
+from langgraph_perf import replay
+from langgraph_perf._binding import BINDING, Binding
+from langgraph_perf._call import Call, Ran, load
+from langgraph_perf._drive import Caller
+from langgraph_perf._flight import held_flights
+from langgraph_perf._identity import NodeSpec, Uncached, call_key, call_tags
+from langgraph_perf.caches.base import Entry
+from langgraph_perf.errors import CacheMiss
+from langgraph_perf.policy import narrowest_scope, shortest
+
+
+class Node(Protocol):
+    """What an attempt needs of the node.
+
+    Attributes:
+        steps: what to run, one after the other.
+        uses_executor: whether that takes a thread of the event loop's default executor.
+    """
+
+    spec: NodeSpec
+    steps: Sequence[Runnable[Any, Any]]
+    uses_executor: bool
+
+
+def _no_heartbeat() -> None: ...
+
+
+_NOBODY = Caller(_no_heartbeat)
+
+
+class Attempt:
+    """One call of a cached node."""
+
+    __slots__ = (
+        "_asked",
+        "_started",
+        "_usage",
+        "call",
+        "caller",
+        "config",
+        "input",
+        "kwargs",
+        "node",
+    )
+
+    def __init__(
+        self, node: Node, input: Any, config: RunnableConfig, kwargs: dict[str, Any]
+    ) -> None:
+        self.node = node
+        self.input = input
+        self.config = config
+        self.kwargs = kwargs
+        self.call: Call | None = None
+        self.caller = _NOBODY
+        self._asked = False
+        self._usage: _Usage | None = None
+        self._started = 0.0
+
+    # -- before -----------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Decide on ``call``, the call to make; ``None``: just run the node.
+
+        Raises:
+            CacheMiss: the node may not run, and the call cannot be looked up.
+            ConfigurationError: the policy needs what this run does not have.
+        """
+        spec = self.node.spec
+        conf = self.config.get("configurable") or {}
+        binding: Binding | None = conf.get(BINDING)
+        try:
+            if binding is None or binding.backend is None:
+                raise Uncached(
+                    "no_cache", "neither its graph nor a parent graph was compiled with cache="
+                )
+            if self.kwargs:
+                raise Uncached("arguments", "it was called with extra arguments")
+            self.call, self.caller = self._call(spec, conf, binding)
+        except Uncached as exc:
+            if binding is not None and binding.control.for_node(spec.name).mode == "only":
+                raise CacheMiss(
+                    spec.name, f"node {spec.name!r} may not run (mode 'only') and {exc}"
+                ) from None
+            spec.counters.refused(exc.reason)
+            if exc.message is not None:
+                spec.warn(exc.message)
+
+    def looked_up(self, entry: Entry | None) -> Ran | None:
+        """What a first look at the cache makes of it."""
+        assert self.call is not None
+        found = None if entry is None else load(self.call, entry, "hit")
+        if found is None:
+            self.call.looked = True
+        else:
+            self.call = None
+        return found
+
+    def take_call(self) -> Call | None:
+        """The call, for whoever makes it: kept here it would make a cycle, and LangGraph counts on
+        a finished run being freed at once."""
+        call, self.call = self.call, None
+        return call
+
+    def _call(
+        self, spec: NodeSpec, conf: Mapping[str, Any], binding: Binding
+    ) -> tuple[Call, Caller]:
+        policy, backend = spec.policy, binding.backend
+        assert backend is not None
+        control = binding.control.for_node(spec.name)
+        if control.mode == "bypass":
+            raise Uncached("bypassed")
+        if spec.code is None:
+            raise Uncached("unkeyable")
+        if _resumes(conf, spec.has_subgraph):
+            # a human's answer is on its way into this task: it is nobody else's
+            raise Uncached("resumed")
+        runtime = conf.get(CONFIG_KEY_RUNTIME)
+        scope = narrowest_scope(policy.scope, control.scope)
+        digest = call_key(spec, scope, self.input, runtime, conf, binding)
+        tags = call_tags(policy, self.input)
+        if tags and not backend.cache.supports_tags:
+            raise Uncached(
+                "tags_unsupported",
+                f"its policy has tags, which {type(backend.cache).__name__} cannot invalidate",
+            )
+        state, allowed = self.input, spec.allowed
+        call = Call(
+            name=spec.name,
+            backend=backend,
+            counters=spec.counters,
+            key=(spec.namespace, digest),
+            tags=tags,
+            mode=control.mode,
+            max_age=control.ttl,  # type: ignore[arg-type]
+            ttl=shortest(policy.ttl, control.ttl),  # type: ignore[arg-type]
+            jitter=policy.jitter,
+            load=lambda payload: replay.unpack_result(payload, state, allowed),
+            dump=lambda result: replay.pack_result(result, state),
+            refuse=self._refuse,
+            spent=self._spent,
+            on_hit=lambda entry: mark_trace(self.config, entry, digest, backend.cache.clock()),
+            nested=bool(held_flights.get()),
+        )
+        heartbeat = getattr(runtime, "heartbeat", _no_heartbeat)
+        return call, Caller(heartbeat, binding.blocked_loop, self.node.uses_executor)
+
+    # -- the body ---------------------------------------------------------------------------------
+
+    def invoke(self) -> Ran:
+        """Run the node in this thread."""
+        with self._entered() as config:
+            value = self.input
+            for i, step in enumerate(self.node.steps):
+                value = step.invoke(
+                    value, _step_config(config, i), **(self.kwargs if not i else {})
+                )
+        return self._ran(value)
+
+    async def ainvoke(self) -> Ran:
+        """Run the node in this task."""
+        with self._entered() as config:
+            first, *others = self.node.steps
+            value = await first.ainvoke(self.input, config, **self.kwargs)
+            for i, step in enumerate(others, 2):
+                value = await step.ainvoke(value, _step_config(config, i))
+        return self._ran(value)
+
+    def stream(self) -> tuple[Iterator[Any], Callable[[], Ran]]:
+        """Run the node in this thread, streaming."""
+        total = _Total()
+
+        def chunks() -> Iterator[Any]:
+            with self._entered() as config:
+                first, *others = self.node.steps
+                stream = first.stream(self.input, config, **self.kwargs)
+                for i, step in enumerate(others, 2):
+                    stream = step.transform(stream, _step_config(config, i))
+                for chunk in stream:
+                    total.add(chunk)
+                    yield chunk
+
+        return chunks(), lambda: self._ran(total.value)
+
+    def astream(self) -> tuple[AsyncIterator[Any], Callable[[], Ran]]:
+        """Run the node in this task, streaming."""
+        total = _Total()
+
+        async def chunks() -> AsyncIterator[Any]:
+            with self._entered() as config:
+                first, *others = self.node.steps
+                stream = first.astream(self.input, config, **self.kwargs)
+                for i, step in enumerate(others, 2):
+                    stream = step.atransform(stream, _step_config(config, i))
+                async for chunk in stream:
+                    total.add(chunk)
+                    yield chunk
+
+        return chunks(), lambda: self._ran(total.value)
+
+    @contextmanager
+    def _entered(self) -> Iterator[RunnableConfig]:
+        """The node's config, so patched that what matters for storing can be seen."""
+        config: RunnableConfig = {**self.config}
+        conf = dict(config.get("configurable") or {})
+        scratchpad = conf.get(CONFIG_KEY_SCRATCHPAD)
+        if scratchpad is not None:
+            conf[CONFIG_KEY_SCRATCHPAD] = self._watched(scratchpad)
+            config["configurable"] = conf
+        callbacks = config.get("callbacks")
+        if isinstance(callbacks, BaseCallbackManager):
+            self._usage = _Usage()
+            callbacks = callbacks.copy()
+            callbacks.add_handler(self._usage, inherit=True)
+            config["callbacks"] = callbacks
+        # ``interrupt()`` and models called without a config find it here
+        token = var_child_runnable_config.set(config)
+        self._started = time.perf_counter()
+        try:
+            yield config
+        finally:
+            # a stream that the garbage collector closes ends in another context
+            with suppress(ValueError):
+                var_child_runnable_config.reset(token)
+
+    def _watched(self, scratchpad: Any) -> Any:
+        def interrupt_counter() -> int:
+            self._asked = True
+            return scratchpad.interrupt_counter()  # type: ignore[no-any-return]
+
+        def get_null_resume(consume: bool = False) -> Any:
+            value = scratchpad.get_null_resume(consume)
+            if consume and value is not None:
+                self._asked = True
+            return value
+
+        return replace(
+            scratchpad, interrupt_counter=interrupt_counter, get_null_resume=get_null_resume
+        )
+
+    def _ran(self, value: Any) -> Ran:
+        seconds = time.perf_counter() - self._started
+        return Ran(value, seconds, "asked_a_human" if self._asked else None)
+
+    # -- after ------------------------------------------------------------------------------------
+
+    def counted(self, ran: Ran) -> Any:
+        """The value of an uncached run."""
+        self.node.spec.counters.ran(ran.seconds, self._spent(ran.value))
+        return ran.value
+
+    def _refuse(self, value: Any) -> str | None:
+        when = self.node.spec.policy.when
+        if when is None:
+            return None
+        try:
+            return None if when(value) else "when"
+        except Exception as exc:
+            self.node.spec.warn(f"its policy's when= raised {type(exc).__name__}: {exc}")
+            return "when_raised"
+
+    def _spent(self, value: Any) -> int:
+        return (self._usage.tokens if self._usage else 0) or replay.spent_tokens(value)
+
+
+class _Usage(BaseCallbackHandler):
+    """Adds up the tokens that language models report while a node runs."""
+
+    run_inline = True  # else LangChain takes a thread of the loop's executor for each event
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._lock = threading.Lock()
+
+    def on_llm_end(self, response: LLMResult, **kwargs: Any) -> None:
+        for generations in response.generations:
+            for generation in generations:
+                message = getattr(generation, "message", None)
+                usage = getattr(message, "usage_metadata", None) or {}
+                with self._lock:
+                    self.tokens += usage.get("total_tokens", 0)
+
+
+class _Total:
+    """Adds streamed chunks up as LangChain does."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self._first = self._adds = True
+
+    def add(self, chunk: Any) -> None:
+        if self._first:
+            self.value, self._first = chunk, False
+            return
+        if self._adds:
+            try:
+                self.value = self.value + chunk
+                return
+            except TypeError:
+                self._adds = False
+        self.value = chunk
+
+
+def _resumes(conf: Mapping[str, Any], has_subgraph: bool) -> bool:
+    """Whether this task may be handed a human's answer."""
+    scratchpad = conf.get(CONFIG_KEY_SCRATCHPAD)
+    if scratchpad is None:
+        return False
+    if scratchpad.resume or scratchpad.get_null_resume(False) is not None:
+        return True
+    return has_subgraph and bool(conf.get(CONFIG_KEY_RESUMING))
+
+
+def _step_config(config: RunnableConfig, number: int) -> RunnableConfig:
+    """The config LangGraph would give to a later step: same parent run, a step tag of its own."""
+    callbacks = config.get("callbacks")
+    if not isinstance(callbacks, BaseCallbackManager):
+        return config
+    callbacks = callbacks.copy()
+    callbacks.remove_tags(["seq:step:1"])
+    callbacks.add_tags([f"seq:step:{number}"], inherit=False)
+    return {**config, "callbacks": callbacks}
+
+
+def mark_trace(config: RunnableConfig, entry: Entry, digest: str, now: float) -> None:
+    """Write into the trace of the node's run that it was answered from the cache."""
+    callbacks = config.get("callbacks")
+    if not isinstance(callbacks, BaseCallbackManager):
+        return
+    for handler in callbacks.handlers:
+        if isinstance(handler, BaseTracer):
+            run = handler.run_map.get(str(callbacks.parent_run_id))
+            if run is not None:
+                run.add_metadata(
+                    {
+                        "langgraph_perf": {
+                            "cached": True,
+                            "key": digest,
+                            "age_seconds": max(0.0, now - entry.created),
+                        }
+                    }
+                )

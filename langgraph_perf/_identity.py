@@ -1,0 +1,165 @@
+"""What a node is, and what of one call makes its key and its tags."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from langgraph_perf import keys
+from langgraph_perf._binding import Binding
+from langgraph_perf.caches.base import tag_id
+from langgraph_perf.codec import Allowlist
+from langgraph_perf.errors import ConfigurationError
+from langgraph_perf.policy import CachePolicy, Scope, template_fields
+from langgraph_perf.stats import NodeCounters
+
+logger = logging.getLogger("langgraph_perf")
+
+NAMESPACE = "langgraph_perf"
+_MISSING = object()
+
+
+class Uncached(Exception):
+    """This call cannot take part in caching; the node just runs. ``reason`` is what is counted."""
+
+    def __init__(self, reason: str, message: str | None = None) -> None:
+        super().__init__(message or reason)
+        self.reason = reason
+        self.message = message
+
+
+class NodeSpec:
+    """What is known of a cached node before it runs.
+
+    Args:
+        graph: the compiled graph's name.
+        name: the node's name.
+        policy: its policy.
+        code: the fingerprint of its code or the policy's ``version``; ``None`` if it has none,
+            and then it always runs uncached.
+        allowed: the types its results may be made of.
+        has_subgraph: whether the node contains a graph that may be resumed inside it.
+    """
+
+    def __init__(
+        self,
+        graph: str,
+        name: str,
+        policy: CachePolicy,
+        code: str | None,
+        allowed: Allowlist,
+        has_subgraph: bool,
+    ) -> None:
+        self.graph = graph
+        self.name = name
+        self.policy = policy
+        self.code = code
+        self.allowed = allowed
+        self.has_subgraph = has_subgraph
+        self.namespace = (NAMESPACE, graph, name)
+        self.counters = NodeCounters()
+        self._warned: set[str] = set()
+        self._lock = threading.Lock()
+
+    def warn(self, message: str) -> None:
+        """Log a warning, the first time."""
+        with self._lock:
+            if message in self._warned or len(self._warned) > 100:
+                return
+            self._warned.add(message)
+        logger.warning("node %r runs uncached: %s", self.name, message)
+
+
+def call_key(
+    spec: NodeSpec,
+    scope: Scope,
+    state: Any,
+    runtime: Any,
+    conf: Mapping[str, Any],
+    binding: Binding,
+) -> str:
+    policy = spec.policy
+    parts: list[tuple[str, Any]] = [("node", (*spec.namespace, spec.code))]
+    if policy.key is None:
+        parts.append(("state", state))
+    elif callable(policy.key):
+        try:
+            parts.append(("key", policy.key(state)))
+        except Exception as exc:
+            raise Uncached("key_raised", f"key= raised {type(exc).__name__}: {exc}") from None
+    else:
+        chosen = {name: _field(state, name) for name in policy.key}
+        parts.append(("state", {k: v for k, v in chosen.items() if v is not _MISSING}))
+    if policy.vary is None:
+        parts.append(("context", getattr(runtime, "context", None)))
+        parts.append(("configurable", binding.configurable))
+    else:
+        roots = {"context": getattr(runtime, "context", None), "configurable": binding.configurable}
+        for name in policy.vary:
+            root, *path = name.split(".")
+            value: Any = roots[root]
+            for step in path:
+                value = _field(value, step)
+            parts.append((name, () if value is _MISSING else (value,)))
+    if scope == "thread":
+        thread = conf.get("thread_id")
+        if thread is None:
+            raise ConfigurationError(
+                f"node {spec.name!r}: scope='thread' needs a thread, but the run has no thread_id; "
+                "pass configurable={'thread_id': ...} or use scope='run' or 'global'"
+            )
+        parts.append(("thread", str(thread)))
+    elif scope == "run":
+        parts.append(("run", binding.run_id))
+    try:
+        return keys.digest(*parts)
+    except keys.Unkeyable as exc:
+        outside = exc.path.startswith(("context", "configurable"))
+        way_out = (
+            "vary= can leave it out of the key" if outside else "key= can leave it out of the key"
+        )
+        raise Uncached("unkeyable", f"{exc}; {way_out}") from None
+
+
+def call_tags(policy: CachePolicy, state: Any) -> tuple[str, ...]:
+    """The ids of the tags that the result for this input depends on."""
+    if not policy.tags:
+        return ()
+    if callable(policy.tags):
+        try:
+            names = policy.tags(state)
+            if isinstance(names, str):
+                names = [names]
+            names = list(names)
+        except Exception as exc:
+            raise Uncached("tags_raised", f"tags= raised {type(exc).__name__}: {exc}") from None
+    else:
+        names = [_filled(tag, state) for tag in policy.tags]
+    for name in names:
+        if not isinstance(name, str):
+            raise Uncached("tags_raised", f"tags= gave {name!r}, which is no string")
+    return tuple(sorted({tag_id(name) for name in names}))
+
+
+def _filled(tag: str, state: Any) -> str:
+    values: dict[str, Any] = {}
+    for name in template_fields(tag):
+        value = _field(state, name)
+        # the text of anything else may differ between two equal values
+        if value is _MISSING or not isinstance(value, str | int | float | bool | None):
+            given = "is not in the input" if value is _MISSING else f"is a {type(value).__name__}"
+            raise Uncached(
+                "tags_raised",
+                f"the tag {tag!r} takes the text of a string, number or None, but {name!r} {given}",
+            )
+        values[name] = value
+    return tag.format_map(values)
+
+
+def _field(state: Any, name: str) -> Any:
+    """``name`` of a mapping or an object; ``_MISSING`` if it has none."""
+    if isinstance(state, Mapping):
+        return state.get(name, _MISSING)
+    return getattr(state, name, _MISSING)
