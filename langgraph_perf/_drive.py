@@ -20,6 +20,7 @@ from langgraph_perf._call import (
     Raised,
     Ran,
     Read,
+    Release,
     Run,
     Step,
     Tokens,
@@ -61,7 +62,8 @@ def drive(call: Call, body: Callable[[], Ran], caller: Caller) -> Any:
             else:
                 step = machine.send(answer)
     except StopIteration as stop:
-        return _value(stop.value)
+        done = stop.value
+    return _value(done)
 
 
 def _perform(step: Step, backend: Backend, body: Callable[[], Ran], caller: Caller) -> Any:
@@ -88,7 +90,8 @@ def _perform(step: Step, backend: Backend, body: Callable[[], Ran], caller: Call
     if type(step) is Pause:
         caller.heartbeat()
         return time.sleep(step.seconds)
-    return backend.release(step.lease)  # type: ignore[union-attr]
+    assert type(step) is Release
+    return backend.release(step.lease)
 
 
 async def adrive(call: Call, body: Callable[[], Awaitable[Ran]], caller: Caller) -> Any:
@@ -104,7 +107,8 @@ async def adrive(call: Call, body: Callable[[], Awaitable[Ran]], caller: Caller)
             else:
                 step = machine.send(answer)
     except StopIteration as stop:
-        return _value(stop.value)
+        done = stop.value
+    return _value(done)
 
 
 async def _aperform(
@@ -137,7 +141,8 @@ async def _aperform(
     if type(step) is Pause:
         caller.heartbeat()
         return await asyncio.sleep(step.seconds)
-    return await backend.arelease(step.lease)  # type: ignore[union-attr]
+    assert type(step) is Release
+    return await backend.arelease(step.lease)
 
 
 Opened = tuple[Iterator[Any], Callable[[], Ran]]
@@ -171,7 +176,8 @@ def drive_stream(call: Call, open_body: Callable[[], Opened], caller: Caller) ->
             else:
                 step = machine.send(answer)
     except StopIteration as stop:
-        value = _value(stop.value)
+        done = stop.value
+    value = _value(done)
     if not streamed:
         yield value
 
@@ -205,7 +211,8 @@ async def adrive_stream(
             else:
                 step = machine.send(answer)
     except StopIteration as stop:
-        value = _value(stop.value)
+        done = stop.value
+    value = _value(done)
     if not streamed:
         yield value
 

@@ -53,10 +53,9 @@ class Waiter(Protocol):
 class SyncWaiter:
     """Waits in a thread."""
 
-    loop = None
-
     def __init__(self) -> None:
         self.outcome: Outcome | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._event = threading.Event()
 
     def wake(self) -> bool:

@@ -35,7 +35,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
     exactly as LangGraph's own does.
     """
 
-    def add_node(self, node: Any, action: Any = None, **kwargs: Any) -> Self:  # type: ignore[override]
+    def add_node(self, node: Any, action: Any = None, **kwargs: Any) -> Self:
         """Like LangGraph's ``add_node``; the policy is checked here, against the node's input.
 
         Raises:
@@ -52,7 +52,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
                 self._check_policy(name, cast(Any, self.nodes[name].cache_policy))
         return self
 
-    def set_node_defaults(self, **kwargs: Any) -> Self:  # type: ignore[override]
+    def set_node_defaults(self, **kwargs: Any) -> Self:
         """Like LangGraph's ``set_node_defaults``.
 
         Raises:
@@ -80,7 +80,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         if cache is not None and not isinstance(cache, BaseCache):
             raise ConfigurationError(
                 f"compile(cache=): got {cache!r}; accepted: MemoryCache(...), "
-                "DiskCache(directory), TieredCache(...), any langgraph.cache.base.BaseCache, or None"
+                "DiskCache(directory), TieredCache(...), any other LangGraph BaseCache, or None"
             )
         compiled = super().compile(checkpointer, cache=cache, **kwargs)
         # compile() has no hook for the class it makes, and all that follows from the class is
@@ -160,7 +160,7 @@ class CompiledGraph(
         copied._perf = self._perf
         return copied
 
-    def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """Like LangGraph's ``stream``.
 
         Raises:
@@ -168,7 +168,7 @@ class CompiledGraph(
         """
         return super().stream(input, self._bound(config, blocking=True), **kwargs)
 
-    def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """Like LangGraph's ``astream``.
 
         Raises:
@@ -193,7 +193,7 @@ class CompiledGraph(
         )
         if parent is None and binding.control.nodes:
             self._perf.check_control(binding.control)
-        return {**(config or {}), "configurable": {**given, BINDING: binding}}  # type: ignore[typeddict-item,return-value]
+        return {**(config or {}), "configurable": {**given, BINDING: binding}}
 
     def clear_cache(self, nodes: Sequence[str] | None = None) -> None:
         """Clear the stored results of ``nodes``, by default of all; an empty list clears none.

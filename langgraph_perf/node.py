@@ -26,8 +26,9 @@ class CachedNode(Runnable[Any, Any]):
         self.spec = spec
         self.name = getattr(bound, "name", None)
         # LangGraph runs the steps of a sequence as steps of the node, without a run of their own
-        is_sequence = isinstance(bound, RunnableSequence | RunnableSeq)
-        self.steps: Sequence[Runnable[Any, Any]] = bound.steps if is_sequence else [bound]
+        self.steps: Sequence[Runnable[Any, Any]] = (
+            bound.steps if isinstance(bound, RunnableSequence | RunnableSeq) else [bound]
+        )
         self.uses_executor = not _runnable_has_native_async(bound)
 
     # -- running ----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ Mode = Literal["use", "refresh", "bypass", "only"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)  # widest first
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-_LANGGRAPH_DEFAULT_KEY = LangGraphCachePolicy().key_func
+_LANGGRAPH_DEFAULT_KEY: Any = LangGraphCachePolicy().key_func
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,8 @@ class CacheControl:
                 "mappings such as {'mode': 'refresh'}"
             )
         nodes: dict[str, CacheControl] = {}
-        for name, control in self.nodes.items():
+        given: Mapping[str, Any] = self.nodes
+        for name, control in given.items():
             if not isinstance(control, CacheControl):
                 control = _parse(control, f"cache_control.nodes[{name!r}]", base=self)
             nodes[name] = control
