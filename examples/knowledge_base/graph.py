@@ -111,8 +111,9 @@ def generate(
     passages = "\n\n".join(f"[{doc.id}]\n{doc.text}" for doc in state["passages"])
     answer = model.invoke(
         [
-            SystemMessage(f"You answer questions about Python. {STYLES[style]}"),
-            HumanMessage(f"{passages}\n\nQuestion: {state['query']}"),
+            SystemMessage("You answer questions about Python."),
+            # what differs between users comes last: a server that keeps prefixes reads it only
+            HumanMessage(f"{passages}\n\n{state['query']} {STYLES[style]}"),
         ]
     )
     return {"answer": answer}

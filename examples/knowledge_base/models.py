@@ -21,14 +21,16 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
+import numpy as np
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, convert_to_openai_messages
 from langchain_core.outputs import ChatGeneration, ChatResult
+from numpy.typing import NDArray
 from pydantic import Field
 
 logger = logging.getLogger(__name__)
-Vector = Any  # a float32 numpy array; numpy itself arrives with the encoder
+Vector = NDArray[np.float32]
 
 
 class ModelError(RuntimeError):

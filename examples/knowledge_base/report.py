@@ -38,8 +38,7 @@ class Progress:
     @contextmanager
     def log(self, logger: logging.Logger) -> Iterator[None]:
         """Print what ``logger`` reports (models being loaded) as lines meanwhile."""
-        handler = logging.Handler()
-        handler.emit = lambda record: self.line(f"  ... {record.getMessage()}")  # type: ignore[method-assign]
+        handler = _Lines(self)
         level = logger.level
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
@@ -48,6 +47,15 @@ class Progress:
         finally:
             logger.setLevel(level)
             logger.removeHandler(handler)
+
+
+class _Lines(logging.Handler):
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.line(f"  ... {record.getMessage()}")
 
 
 @dataclass
