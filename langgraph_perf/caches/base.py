@@ -346,7 +346,14 @@ class TokenCache(Cache):
         entries = self.peek(lookups)
         tags = {tag for entry in entries if entry is not None for tag, _ in entry.deps}
         # after the entries: a token dropped between the two is seen
-        current = self.peek_tags(tags) if tags else {}
+        return self._checked(lookups, entries, self.peek_tags(tags) if tags else {})
+
+    def _checked(
+        self,
+        lookups: Sequence[Lookup],
+        entries: Sequence[Entry | None],
+        current: Mapping[str, str],
+    ) -> list[Entry | None]:
         now = self.clock()
         answers = [
             entry if entry is not None and servable(entry, lookup, current, now) else None

@@ -1,0 +1,410 @@
+"""Several caches behind each other: fast and small first, large and shared last.
+
+The last tier is the authority. It keeps the tag tokens, and a copy in an upper tier is served only
+while the tokens it was stored with are current *there*: an invalidation or a ``clear`` by another
+process counts at once, for one look-up of tokens a hit. So that a ``clear`` counts too, every entry
+that passes through depends on the ``namespace_tag`` of its namespace besides its own tags.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Collection, Generator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+from langgraph.cache.base import FullKey, Namespace
+
+from langgraph_perf.caches.base import (
+    Cache,
+    CacheStats,
+    Entry,
+    Lease,
+    Lookup,
+    namespace_tag,
+    servable,
+    timely,
+)
+from langgraph_perf.errors import ConfigurationError
+
+T = TypeVar("T")
+logger = logging.getLogger("langgraph_perf")
+
+_UNKNOWN = ""
+"""The token of a copy stored while the authority was away: it never is a current one."""
+_FAILURES_TO_PAUSE = 3
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
+
+
+class _Do(NamedTuple):
+    """One primitive to carry out; answered with what it returned, or with what it raised."""
+
+    cache: Cache
+    operation: str
+    args: tuple[Any, ...]
+
+
+Steps = Generator[_Do, Any, T]
+
+
+class _Tier:
+    """A cache, what it did here, and whether it is left alone for a while."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.hits = 0
+        self.misses = 0
+        self.errors = 0
+        self._in_a_row = 0
+        self._pause = _FIRST_PAUSE
+        self._away_until = 0.0
+
+    @property
+    def away(self) -> bool:
+        """Whether it failed so often that asking would only cost its deadline."""
+        return self._in_a_row >= _FAILURES_TO_PAUSE and time.monotonic() < self._away_until
+
+    def succeeded(self) -> None:
+        if self._in_a_row:
+            self._in_a_row = 0
+            self._pause = _FIRST_PAUSE
+
+    def failed(self, operation: str, exc: Exception) -> None:
+        self.errors += 1
+        self._in_a_row += 1
+        if self._in_a_row >= _FAILURES_TO_PAUSE:
+            self._away_until = time.monotonic() + self._pause
+            self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+        if self.errors == 1:
+            logger.warning(
+                "%s of %s failed, the other tiers go on (logged once): %s: %s",
+                operation,
+                type(self.cache).__name__,
+                type(exc).__name__,
+                exc,
+            )
+
+
+class TieredCache(Cache):
+    """Asks ``first``, then ``second``, …; what is found below is copied upwards.
+
+    Writes go to every tier. Tags and leases are those of the last one. A copy in an upper tier is
+    served until it expires, is invalidated or is written again through this cache. A tier that
+    fails costs its hits, not the run: the others go on (``stats().tiers`` counts its ``errors``).
+    While the last one is away, upper tiers serve only what depends on no tag.
+
+    Args:
+        caches: this library's caches, the fastest first. Closing this one closes them.
+
+    Raises:
+        ConfigurationError: there is none, or one is not a cache of this library.
+    """
+
+    def __init__(self, *caches: Cache) -> None:
+        flat: list[Cache] = []
+        for cache in caches:
+            if not isinstance(cache, Cache):
+                raise ConfigurationError(
+                    "TieredCache takes caches of this library (MemoryCache, DiskCache, RedisCache,"
+                    f" ...), got {cache!r}"
+                )
+            flat.extend(cache.tiers if isinstance(cache, TieredCache) else [cache])
+        if not flat:
+            raise ConfigurationError("TieredCache needs at least one cache, got none")
+        super().__init__(clock=flat[-1].clock)
+        self._tiers = [_Tier(cache) for cache in flat]
+        self._last = self._tiers[-1]
+        self._leasing = next((tier for tier in reversed(self._tiers) if tier.cache.shared), None)
+        self._counting = threading.Lock()
+        self.blocking = any(cache.blocking for cache in flat)
+        self.shared = self._leasing is not None
+        self.supports_tags = self._last.cache.supports_tags
+        if self._leasing is not None:
+            self.lease_seconds = self._leasing.cache.lease_seconds
+
+    @property
+    def tiers(self) -> tuple[Cache, ...]:
+        """Its caches, first tier first."""
+        return tuple([tier.cache for tier in self._tiers])
+
+    # -- what is done, one step at a time ---------------------------------------------------------
+
+    def _reading(self, lookups: Sequence[Lookup]) -> Steps[list[Entry | None]]:
+        answers: list[Entry | None] = [None] * len(lookups)
+        missing = list(range(len(lookups)))
+        for depth, tier in enumerate(self._tiers):
+            if not missing:
+                break
+            asked = [lookups[i] for i in missing]
+            if tier is self._last:
+                found = yield from self._last_read(asked)
+            else:
+                found = yield from self._upper_read(tier, asked)
+            with self._counting:
+                tier.misses += found.count(None)
+                tier.hits += len(found) - found.count(None)
+            for i, entry in zip(missing, found, strict=True):
+                answers[i] = entry
+                if entry is not None:
+                    yield from self._copy(self._tiers[:depth], lookups[i].key, entry)
+            missing = [i for i in missing if answers[i] is None]
+        self._tally.read(answers)
+        return [
+            _without_own(entry, lookup.key) for entry, lookup in zip(answers, lookups, strict=True)
+        ]
+
+    def _upper_read(self, tier: _Tier, lookups: list[Lookup]) -> Steps[list[Entry | None]]:
+        found: list[Entry | None] | None = yield from self._try(tier, "peek", lookups)
+        if found is None:
+            return [None] * len(lookups)
+        tags = {tag for entry in found if entry is not None for tag, _ in entry.deps}
+        current: Mapping[str, str] | None = {}
+        if tags and self.supports_tags:
+            current = yield from self._try(self._last, "peek_tags", tags)
+        now = self.clock()
+        return [
+            entry if entry is not None and self._serves(entry, lookup, current, now) else None
+            for entry, lookup in zip(found, lookups, strict=True)
+        ]
+
+    def _serves(
+        self, entry: Entry, lookup: Lookup, current: Mapping[str, str] | None, now: float
+    ) -> bool:
+        if not self.supports_tags:
+            return servable(entry, lookup, {}, now)
+        own = namespace_tag(lookup.key[0])
+        if not any(tag == own for tag, _ in entry.deps):
+            return False  # stored past this cache: a `clear` would not reach it
+        if current is None:
+            return len(entry.deps) == 1 and not lookup.tags and timely(entry, lookup, now)
+        return servable(entry, lookup, current, now)
+
+    def _last_read(self, lookups: list[Lookup]) -> Steps[list[Entry | None]]:
+        found: list[Entry | None] | None = yield from self._try(self._last, "read", lookups)
+        if found is None:
+            return [None] * len(lookups)
+        if not self.supports_tags or len(self._tiers) == 1:
+            return found
+        for i, (entry, lookup) in enumerate(zip(found, lookups, strict=True)):
+            own = namespace_tag(lookup.key[0])
+            if entry is not None and not any(tag == own for tag, _ in entry.deps):
+                # Stored past this cache. To be copied upwards it needs the token of before it was
+                # read, or a `clear` in between would be survived.
+                tokens = yield from self._try(self._last, "tag_tokens", [own])
+                again = yield from self._try(self._last, "read", [lookup])
+                entry = again[0] if again else None
+                if entry is not None:
+                    token = tokens[0] if tokens else _UNKNOWN
+                    entry = entry._replace(deps=(*entry.deps, (own, token)))
+                found[i] = entry
+        return found
+
+    def _copy(self, tiers: Sequence[_Tier], key: FullKey, entry: Entry) -> Steps[bool]:
+        """Store in ``tiers``, the last first; whether one of them did."""
+        stored = False
+        for tier in reversed(tiers):
+            stored = bool((yield from self._try(tier, "write", key, entry))) or stored
+        return stored
+
+    def _writing(self, key: FullKey, entry: Entry, lease: Lease | None) -> Steps[bool]:
+        others = self._tiers
+        if self.supports_tags and len(self._tiers) > 1:
+            own = namespace_tag(key[0])
+            tokens = yield from self._try(self._last, "tag_tokens", [own])
+            token = tokens[0] if tokens else _UNKNOWN
+            entry = entry._replace(deps=(*entry.deps, (own, token)))
+        if lease is not None and self._leasing is not None:
+            # fenced: what this tier does not take, or cannot judge, no other may have
+            stored = yield _Do(self._leasing.cache, "write", (key, entry, lease))
+            if not stored:
+                return False
+            others = [tier for tier in self._tiers if tier is not self._leasing]
+        stored = (yield from self._copy(others, key, entry)) or lease is not None
+        if stored:
+            self._tally.add(writes=1)
+        return stored
+
+    def _clearing(self, namespaces: Sequence[Namespace] | None) -> Steps[None]:
+        failure: Exception | None = None
+        for tier in reversed(self._tiers):
+            try:
+                yield _Do(tier.cache, "clear", (namespaces,))
+            except Exception as exc:
+                tier.failed("clear", exc)
+                failure = failure or exc
+        if failure is not None:
+            raise failure
+
+    def _try(self, tier: _Tier, operation: str, *args: Any) -> Steps[Any]:
+        """Carry out a primitive; ``None`` when it fails, or is not even tried."""
+        if tier.away:
+            return None
+        try:
+            result = yield _Do(tier.cache, operation, args)
+        except Exception as exc:
+            tier.failed(operation, exc)
+            return None
+        tier.succeeded()
+        return result
+
+    # -- primitives, blocking ---------------------------------------------------------------------
+
+    def read(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
+        """One answer for each lookup, in order; only servable entries."""
+        return _carry_out(self._reading(lookups))
+
+    def write(self, key: FullKey, entry: Entry, lease: Lease | None = None) -> bool:
+        """Store in every tier, and give ``lease`` back; ``False`` when none stored it."""
+        return _carry_out(self._writing(key, entry, lease))
+
+    def peek_tags(self, tags: Collection[str]) -> Mapping[str, str]:
+        """The current tokens of these tag ids, from the last tier."""
+        return self._last.cache.peek_tags(tags)
+
+    def tag_tokens(self, tags: Sequence[str]) -> tuple[str, ...]:
+        """The current token of each tag id, from the last tier."""
+        return self._last.cache.tag_tokens(tags)
+
+    def drop_tags(self, tags: Sequence[str]) -> None:
+        """Forget the tokens of these tag ids."""
+        self._last.cache.drop_tags(tags)
+        self._tally.add(invalidations=len(tags))
+
+    def acquire(self, key: FullKey) -> Lease | None:
+        """Take the lease of ``key``; ``None`` while somebody else holds it."""
+        return self._lessor.acquire(key)
+
+    def renew(self, lease: Lease) -> Lease | None:
+        """Extend a lease by ``lease_seconds``; ``None`` when it was lost."""
+        return self._lessor.renew(lease)
+
+    def release(self, lease: Lease) -> None:
+        """Give a lease back; one that was lost meanwhile is left to its new holder."""
+        self._lessor.release(lease)
+
+    @property
+    def _lessor(self) -> Cache:
+        return (self._leasing or self._last).cache
+
+    def clear(self, namespaces: Sequence[Namespace] | None = None) -> None:
+        """Delete what is in exactly these namespaces, in every tier; ``None`` deletes everything.
+
+        Raises:
+            Exception: a tier failed; the others are cleared all the same.
+        """
+        _carry_out(self._clearing(namespaces))
+
+    def stats(self) -> CacheStats:
+        """A snapshot: ``bytes`` of all tiers, ``entries`` of the last one, and each one's own."""
+        return self._snapshot([tier.cache.stats() for tier in self._tiers])
+
+    def _snapshot(self, each: Sequence[CacheStats]) -> CacheStats:
+        tiers = tuple(
+            [
+                replace(stats, hits=tier.hits, misses=tier.misses, errors=tier.errors)
+                for stats, tier in zip(each, self._tiers, strict=True)
+            ]
+        )
+        return self._tally.stats(
+            entries=tiers[-1].entries,
+            bytes=sum([stats.bytes for stats in tiers]),
+            errors=sum([stats.errors for stats in tiers]),
+            tiers=tiers,
+        )
+
+    def close(self) -> None:
+        """Close every tier; a closed cache answers every lookup with a miss."""
+        super().close()
+        for tier in self._tiers:
+            tier.cache.close()
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._counting = threading.Lock()
+
+    # -- primitives, awaiting: each tier decides whether it needs a thread ------------------------
+
+    async def aread(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
+        """Like ``read``, without blocking the event loop."""
+        return await _acarry_out(self._reading(lookups))
+
+    async def awrite(self, key: FullKey, entry: Entry, lease: Lease | None = None) -> bool:
+        """Like ``write``, without blocking the event loop."""
+        return await _acarry_out(self._writing(key, entry, lease))
+
+    async def apeek_tags(self, tags: Collection[str]) -> Mapping[str, str]:
+        """Like ``peek_tags``, without blocking the event loop."""
+        return await self._last.cache.apeek_tags(tags)
+
+    async def atag_tokens(self, tags: Sequence[str]) -> tuple[str, ...]:
+        """Like ``tag_tokens``, without blocking the event loop."""
+        return await self._last.cache.atag_tokens(tags)
+
+    async def adrop_tags(self, tags: Sequence[str]) -> None:
+        """Like ``drop_tags``, without blocking the event loop."""
+        await self._last.cache.adrop_tags(tags)
+        self._tally.add(invalidations=len(tags))
+
+    async def aacquire(self, key: FullKey) -> Lease | None:
+        """Like ``acquire``, without blocking the event loop."""
+        return await self._lessor.aacquire(key)
+
+    async def arenew(self, lease: Lease) -> Lease | None:
+        """Like ``renew``, without blocking the event loop."""
+        return await self._lessor.arenew(lease)
+
+    async def arelease(self, lease: Lease) -> None:
+        """Like ``release``, without blocking the event loop."""
+        await self._lessor.arelease(lease)
+
+    async def aclear(self, namespaces: Sequence[Namespace] | None = None) -> None:
+        """Like ``clear``, without blocking the event loop."""
+        await _acarry_out(self._clearing(namespaces))
+
+    async def astats(self) -> CacheStats:
+        """Like ``stats``, without blocking the event loop."""
+        return self._snapshot([await tier.cache.astats() for tier in self._tiers])
+
+    async def aclose(self) -> None:
+        """Like ``close``, without blocking the event loop."""
+        self._closed = True
+        for tier in self._tiers:
+            await tier.cache.aclose()
+
+
+def _without_own(entry: Entry | None, key: FullKey) -> Entry | None:
+    if entry is None or not entry.deps or entry.deps[-1][0] != namespace_tag(key[0]):
+        return entry
+    return entry._replace(deps=entry.deps[:-1])
+
+
+def _carry_out(steps: Steps[T]) -> T:
+    try:
+        step = next(steps)
+        while True:
+            try:
+                result = getattr(step.cache, step.operation)(*step.args)
+            except Exception as exc:
+                step = steps.throw(exc)
+            else:
+                step = steps.send(result)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
+
+
+async def _acarry_out(steps: Steps[T]) -> T:
+    try:
+        step = next(steps)
+        while True:
+            try:
+                result = await getattr(step.cache, f"a{step.operation}")(*step.args)
+            except Exception as exc:
+                step = steps.throw(exc)
+            else:
+                step = steps.send(result)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
