@@ -1,0 +1,207 @@
+"""What policies and cache controls accept, and what they say about what they do not."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from langgraph.cache.memory import InMemoryCache
+from langgraph.graph import START
+from langgraph.types import CachePolicy as LangGraphPolicy
+from typing_extensions import TypedDict
+
+from langgraph_perf import (
+    CacheControl,
+    CacheMiss,
+    CachePolicy,
+    ConfigurationError,
+    DiskCache,
+    LangGraphPerfError,
+    MemoryCache,
+    StateGraph,
+)
+
+
+class State(TypedDict, total=False):
+    query: str
+    user_id: str
+    answer: str
+
+
+def build(policy: Any, cache: Any = None, **kwargs: Any) -> Any:
+    builder = StateGraph(State)
+    builder.add_node("node", lambda state: {"answer": "done"}, cache_policy=policy, **kwargs)
+    return builder.add_edge(START, "node").compile(cache=cache or MemoryCache())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [
+        ("key", "query", "did you mean ['query']"),
+        ("key", [], "key=lambda state: None"),
+        ("key", [1], "field names"),
+        ("key", 7, "field names, a callable or None"),
+        ("vary", "context", "dotted names"),
+        ("vary", ["user"], "'context.user_id'"),
+        ("vary", ["context."], "'context.user_id'"),
+        ("scope", "user", "'global', 'thread', 'run'"),
+        ("ttl", -1, "a positive number of seconds"),
+        ("ttl", 0, "a positive number of seconds"),
+        ("ttl", "60", "a positive number of seconds"),
+        ("ttl", True, "a positive number of seconds"),
+        ("ttl", float("nan"), "a positive number of seconds"),
+        ("ttl", timedelta(0), "a positive timedelta"),
+        ("jitter", 2, "from 0 to 1"),
+        ("jitter", "a", "from 0 to 1"),
+        ("tags", "docs", "did you mean ['docs']"),
+        ("tags", [1], "strings or a callable"),
+        ("tags", ["user:{"], "{field}"),
+        ("tags", ["user:{}"], "plain state field names"),
+        ("tags", ["user:{user.id}"], "plain state field names"),
+        ("version", 1.5, "a string, an int or None"),
+        ("version", True, "a string, an int or None"),
+        ("when", True, "a callable"),
+    ],
+)
+def test_a_wrong_field_is_named(field: str, value: Any, accepted: str) -> None:
+    """A field that cannot be what it is says its name, what was given and what is accepted."""
+    with pytest.raises(ConfigurationError) as caught:
+        CachePolicy(**{field: value})
+    assert str(caught.value).startswith(f"CachePolicy.{field}: got ")
+    assert accepted in str(caught.value)
+
+
+def test_errors_are_of_the_family() -> None:
+    """Configuration errors are ValueErrors and have the library's base."""
+    assert issubclass(ConfigurationError, ValueError)
+    assert issubclass(ConfigurationError, LangGraphPerfError)
+    assert issubclass(CacheMiss, LookupError)
+
+
+def test_a_policy_does_not_change() -> None:
+    """Policies are immutable and keyword-only."""
+    policy = CachePolicy(key=["query"], ttl=timedelta(minutes=1))
+    assert policy.ttl == 60
+    assert policy.key == ("query",)
+    with pytest.raises(AttributeError):
+        policy.ttl = 5  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        CachePolicy(["query"])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("policy", "where", "name"),
+    [
+        (CachePolicy(key=["qery"]), "CachePolicy.key", "qery"),
+        (CachePolicy(tags=["user:{user}"]), "CachePolicy.tags", "user"),
+    ],
+)
+def test_an_unknown_field_fails_when_the_graph_is_built(
+    policy: CachePolicy, where: str, name: str
+) -> None:
+    """A field the node's input does not have is refused by ``add_node``, naming those it has."""
+    with pytest.raises(ConfigurationError) as caught:
+        build(policy)
+    message = str(caught.value)
+    assert f"node 'node', {where}" in message
+    assert repr(name) in message
+    assert "answer, query, user_id" in message
+    assert "input_schema=" in message
+
+
+def test_defaults_are_checked_at_compile() -> None:
+    """A default policy is checked against each node it applies to."""
+    builder = StateGraph(State).set_node_defaults(cache_policy=CachePolicy(key=["nope"]))
+    builder.add_node("node", lambda state: None).add_edge(START, "node")
+    with pytest.raises(ConfigurationError, match="nope"):
+        builder.compile(cache=MemoryCache())
+
+
+@pytest.mark.parametrize("policy", [5, "60", {"ttl": 60}, InMemoryCache()])
+def test_what_is_no_policy_is_refused(policy: Any) -> None:
+    """``cache_policy=`` of another type is refused by ``add_node`` and ``set_node_defaults``."""
+    with pytest.raises(ConfigurationError, match="langgraph_perf.CachePolicy"):
+        build(policy)
+    with pytest.raises(ConfigurationError, match="langgraph_perf.CachePolicy"):
+        StateGraph(State).set_node_defaults(cache_policy=policy)
+
+
+@pytest.mark.parametrize("cache", [True, ".cache", {}, CachePolicy()])
+def test_what_is_no_cache_is_refused(cache: Any) -> None:
+    """``compile(cache=)`` of another type is refused and says what to give."""
+    with pytest.raises(ConfigurationError, match=r"DiskCache\(directory\)"):
+        build(CachePolicy(), cache=cache)
+
+
+def test_tags_on_a_foreign_cache_are_refused() -> None:
+    """A cache that cannot invalidate refuses policies with tags when the graph is compiled."""
+    with pytest.raises(ConfigurationError, match="InMemoryCache cannot invalidate"):
+        build(CachePolicy(tags=["docs"]), cache=InMemoryCache())
+
+
+def test_tags_of_subgraphs_on_a_foreign_cache_are_refused() -> None:
+    """That goes for the nodes of subgraphs that will inherit it as well."""
+    inner = StateGraph(State)
+    inner.add_node("work", lambda state: None, cache_policy=CachePolicy(tags=["docs"]))
+    outer = StateGraph(State).add_node("inner", inner.add_edge(START, "work").compile())
+    with pytest.raises(ConfigurationError, match=r"'inner\|work'"):
+        outer.add_edge(START, "inner").compile(cache=InMemoryCache())
+
+
+@pytest.mark.parametrize(
+    ("control", "message"),
+    [
+        ({"mdoe": "refresh"}, "unknown key 'mdoe'; accepted: mode, ttl, scope, nodes"),
+        ({"mode": "refersh"}, "'use', 'refresh', 'bypass', 'only'"),
+        ({"ttl": -1}, "cache_control.ttl: got -1"),
+        ({"scope": "mine"}, "'global', 'thread', 'run'"),
+        ({"nodes": ["node"]}, "a mapping of node names"),
+        ({"nodes": {"node": {"mode": "x"}}}, "cache_control.nodes['node'].mode: got 'x'"),
+        ({"nodes": {"node": {"nodes": {}}}}, "unknown key 'nodes'; accepted: mode, ttl, scope"),
+        ({"nodes": {"nod": {"mode": "use"}}}, "unknown node 'nod'; accepted: node"),
+        ("refresh", "a mapping with the keys mode, ttl, scope, nodes"),
+    ],
+)
+async def test_a_wrong_control_fails_the_call(control: Any, message: str) -> None:
+    """A typo in ``cache_control`` is an error of the call that names what is accepted."""
+    graph = build(CachePolicy())
+    config = {"configurable": {"cache_control": control}}
+    with pytest.raises(ConfigurationError) as caught:
+        graph.invoke({"query": "q"}, config)
+    assert message in str(caught.value)
+    with pytest.raises(ConfigurationError):
+        await graph.ainvoke({"query": "q"}, config)
+
+
+def test_controls_for_nodes_inherit_from_the_run() -> None:
+    """What a node's own control leaves open comes from the run's."""
+    control = CacheControl.of({"ttl": 5, "mode": "refresh", "nodes": {"a": {"mode": "use"}}})
+    assert control.for_node("a") == CacheControl(mode="use", ttl=5)
+    assert control.for_node("b").mode == "refresh"
+
+
+def test_langgraphs_own_policy_is_upgraded() -> None:
+    """LangGraph's policy keeps its key function and ttl."""
+    calls: list[Any] = []
+
+    def key_func(state: Any) -> str:
+        calls.append(state)
+        return "always"
+
+    graph = build(LangGraphPolicy(key_func=key_func, ttl=60))
+    graph.invoke({"query": "a"})
+    graph.invoke({"query": "b"})
+    assert len(calls) == 2
+    assert graph.perf.stats().nodes["node"].hits == 1
+    assert CachePolicy.of(LangGraphPolicy(ttl=7)).ttl == 7
+    assert CachePolicy.of(LangGraphPolicy()).key is None
+
+
+def test_bad_directories_are_named(tmp_path: Any) -> None:
+    """A disk cache that cannot live where it is told says so when it is made."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigurationError, match="directory"):
+        DiskCache(tmp_path / "file")
+    with pytest.raises(ConfigurationError, match="directory"):
+        DiskCache(7)  # type: ignore[arg-type]
