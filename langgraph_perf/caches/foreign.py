@@ -24,6 +24,8 @@ from langgraph_perf.caches.base import (
     Lease,
     Lookup,
     TokenCache,
+    key_digest,
+    namespace_tag,
     pack,
     require_seconds,
     timely,
@@ -43,6 +45,8 @@ class ForeignCache(TokenCache):
     """Keeps entries as ``bytes`` values of another LangGraph cache (``SqliteCache``, your own).
 
     It has no tags and no leases. Whatever it finds that is not one of its own entries is a miss.
+    Keys go to it as digests: LangGraph's own caches join the parts of a namespace with a comma or
+    a colon, mix up what contains one, and clear more than they were asked to.
 
     Args:
         inner: the cache. It stays its owner's: closing this one does not close it.
@@ -122,26 +126,26 @@ class ForeignCache(TokenCache):
     def clear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Delete what is in these namespaces; ``None`` deletes everything."""
         if not self._closed and (namespaces is None or namespaces):
-            self._call(self.inner.clear, namespaces)
+            self._call(self.inner.clear, _plain_namespaces(namespaces))
 
     async def aclear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Like ``clear``, without blocking the event loop."""
         if not self._closed and (namespaces is None or namespaces):
-            await self._acall(self.inner.aclear, self.inner.clear, namespaces)
+            await self._acall(self.inner.aclear, self.inner.clear, _plain_namespaces(namespaces))
 
     def _pairs(self, key: FullKey, entry: Entry) -> dict[FullKey, tuple[bytes, int | None]]:
         ttl = None
         if entry.expires is not None:
             # whole seconds, at least one: the entry itself knows to the fraction
             ttl = max(1, math.ceil(entry.expires - self.clock()))
-        return {key: (pack(key, entry), ttl)}
+        return {_plain(key): (pack(key, entry), ttl)}
 
     def _entries_of(self, lookups: Sequence[Lookup], values: Any) -> list[Entry | None]:
         now = self.clock()
         return [self._entry_of(lookup, values, now) for lookup in lookups]
 
     def _entry_of(self, lookup: Lookup, values: Any, now: float) -> Entry | None:
-        blob = values.get(lookup.key)
+        blob = values.get(_plain(lookup.key))
         if blob is None:
             return None
         try:
@@ -259,7 +263,18 @@ class _Workers:
 
 
 def _keys(lookups: Sequence[Lookup]) -> list[FullKey]:
-    return list(dict.fromkeys([lookup.key for lookup in lookups]))
+    return list({_plain(lookup.key): None for lookup in lookups})
+
+
+def _plain(key: FullKey) -> FullKey:
+    digest = key_digest(key).hex()
+    return (digest[:32],), digest[32:]
+
+
+def _plain_namespaces(namespaces: Sequence[Namespace] | None) -> list[Namespace] | None:
+    if namespaces is None:
+        return None
+    return [(namespace_tag(tuple(namespace)),) for namespace in namespaces]
 
 
 _adapters: weakref.WeakValueDictionary[int, ForeignCache] = weakref.WeakValueDictionary()
