@@ -1,0 +1,280 @@
+"""Leases: the two thin drivers (blocking, awaiting) of what a core decides.
+
+A lease is used once, as a context manager. One that is garbage collected while it holds something
+is warned about, with where it was taken, and what it held is recovered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Hashable
+from types import CodeType, TracebackType
+from typing import Any, Generic, TypeVar
+
+from langgraph_perf.errors import LeaseError
+from langgraph_perf.resources import _offload
+from langgraph_perf.resources._core import Core, Step
+from langgraph_perf.resources._entry import NEVER, RELEASED, UNUSED, Entry, State
+from langgraph_perf.resources._hooks import Hooks, passed
+from langgraph_perf.resources._waiters import TaskWaiter, ThreadWaiter
+from langgraph_perf.resources._work import load, load_soon, off_loop, spawn
+
+T = TypeVar("T")
+Heartbeat = Callable[[], object]
+
+LOOK_AGAIN_SECONDS = 1.0
+"""How often a waiter looks again without having been woken: to call its heartbeat, and to find what
+an event loop took with it when it was closed."""
+
+
+class BaseLease(Generic[T]):
+    """What both kinds of lease have in common.
+
+    Attributes:
+        key: which object; ``None`` where there are no keys.
+        loop: the event loop the object must belong to; ``None`` if any object will do.
+        timeout: seconds to wait at most; ``None`` for no limit.
+        heartbeat: called about once a second while waiting.
+        code, at: the place in the program that took the lease, or in words who did (not the frame:
+            it would keep its variables alive).
+
+    Made by ``CoreResource`` without a constructor, which would take a quarter of a checkout's time.
+    """
+
+    __slots__ = ("at", "code", "core", "entry", "heartbeat", "key", "loop", "timeout")
+
+    core: Core
+    entry: Entry
+    key: Hashable
+    loop: asyncio.AbstractEventLoop | None
+    timeout: float | None
+    heartbeat: Heartbeat | None
+    code: CodeType | str
+    at: int
+
+    def __del__(self) -> None:
+        entry = self.entry
+        if entry is not RELEASED and entry is not UNUSED and entry.state is State.READY:
+            _recover(self, entry)
+
+    def _refuse_reuse(self) -> None:
+        if self.entry is not UNUSED:
+            raise LeaseError(
+                f"{self.core.hooks.owner}: this lease was entered already; a lease is one-shot"
+            )
+
+
+class Lease(BaseLease[T]):
+    """A lease for ``with``: gives the object, and gives it back on the way out."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> T:
+        if not self.core.grab(self):
+            self._acquire()
+        return self.entry.obj  # type: ignore[no-any-return]
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        core = self.core
+        if core.put(self):
+            return
+        if core.hooks.reset is None:
+            core.release(self)
+        else:
+            _reset(self, core.held(self).obj)
+
+    def _acquire(self) -> None:
+        self._refuse_reuse()
+        core = self.core
+        waiter = ThreadWaiter(self.key, core.clock(), _limit(self.timeout))
+        try:
+            core.take(waiter)
+            while (step := core.advance(waiter)) is not Step.TAKE:
+                if step is Step.WAIT:
+                    waiter.wait(_nap(waiter.deadline - core.clock()))
+                    self._beat(waiter)
+                elif step is Step.LOAD:
+                    load(core, core.begin(waiter))
+                else:
+                    self._check(waiter)
+            assert waiter.entry is not None
+            self.entry, waiter.entry = waiter.entry, None
+        except BaseException:
+            core.abandon(waiter)
+            raise
+
+    def _beat(self, waiter: ThreadWaiter) -> None:
+        if waiter.entry is None and waiter.error is None:
+            if self.heartbeat is not None:
+                self.heartbeat()
+            self.core.look_again()
+
+    def _check(self, waiter: ThreadWaiter) -> None:
+        assert waiter.entry is not None
+        waiter.suspect = True
+        waiter.checked = _passes(self.core.hooks, waiter.entry)
+        waiter.suspect = False
+        if not waiter.checked:
+            self.core.spoil(waiter)
+
+
+class AsyncLease(BaseLease[T]):
+    """A lease for ``async with``: gives the object, and gives it back on the way out."""
+
+    __slots__ = ()
+
+    async def __aenter__(self) -> T:
+        if self.core.needs_loop:
+            self.loop = asyncio.get_running_loop()
+        if not self.core.grab(self):
+            await self._acquire()
+        return self.entry.obj  # type: ignore[no-any-return]
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        core = self.core
+        if core.put(self):
+            return
+        if core.hooks.reset is None:
+            core.release(self)
+        elif exc_type is GeneratorExit:
+            core.release(self, False)  # the task is being destroyed: it cannot await a reset
+        elif core.hooks.async_reset:
+            await asyncio.shield(spawn(_areset(self, core.held(self).obj)))
+        else:
+            await off_loop(functools.partial(_reset, self, core.held(self).obj))
+
+    async def _acquire(self) -> None:
+        self._refuse_reuse()
+        core = self.core
+        waiter = TaskWaiter(self.key, self.loop, core.clock(), _limit(self.timeout))
+        try:
+            core.take(waiter)
+            while (step := core.advance(waiter)) is not Step.TAKE:
+                if step is Step.WAIT:
+                    await waiter.wait(_nap(waiter.deadline - core.clock()))
+                    self._beat(waiter)
+                elif step is Step.LOAD:
+                    # in a task of its own: the load goes on when this one is cancelled
+                    load_soon(core, core.begin(waiter))
+                else:
+                    await self._check(waiter)
+            assert waiter.entry is not None
+            self.entry, waiter.entry = waiter.entry, None
+        except BaseException:
+            core.abandon(waiter)
+            raise
+
+    def _beat(self, waiter: TaskWaiter) -> None:
+        if waiter.entry is None and waiter.error is None:
+            if self.heartbeat is not None:
+                self.heartbeat()
+            self.core.look_again()
+
+    async def _check(self, waiter: TaskWaiter) -> None:
+        assert waiter.entry is not None
+        core, hooks, entry = self.core, self.core.hooks, waiter.entry
+        waiter.suspect = True
+        if hooks.async_check:
+            assert hooks.check is not None
+            try:
+                waiter.checked = passed(await hooks.check(entry.obj))
+            except Exception:
+                waiter.checked = False
+        else:
+            job = _offload.shared.submit(functools.partial(_passes, hooks, entry))
+            try:
+                waiter.checked = await asyncio.shield(asyncio.wrap_future(job))
+            except asyncio.CancelledError:
+                # the thread still uses the object: it comes back when that is over
+                core.detach(waiter)
+                job.add_done_callback(lambda job: core.give_back(entry, job.result()))
+                raise
+        waiter.suspect = False
+        if not waiter.checked:
+            core.spoil(waiter)
+
+
+def taken_at(code: CodeType | str, at: int) -> str:
+    """Who took a lease, or in which line of which file: what ``code`` and ``at`` of it say."""
+    if isinstance(code, str):
+        return code
+    line = code.co_firstlineno
+    for start, end, number in code.co_lines():
+        if start <= at < end and number is not None:
+            line = number
+    return f"{code.co_filename}:{line}"
+
+
+def _limit(timeout: float | None) -> float:
+    return NEVER if timeout is None else timeout
+
+
+def _nap(remaining: float) -> float:
+    return max(0.0, min(LOOK_AGAIN_SECONDS, remaining))
+
+
+def _passes(hooks: Hooks, entry: Entry) -> bool:
+    assert hooks.check is not None
+    try:
+        return passed(hooks.check(entry.obj))
+    except Exception:
+        return False
+
+
+def _reset(lease: BaseLease[Any], obj: Any) -> None:
+    """Reset an object and give it back; one whose reset raises is closed instead."""
+    hooks = lease.core.hooks
+    assert hooks.reset is not None
+    ok = False
+    try:
+        hooks.reset(obj)
+        ok = True
+    except Exception as exc:
+        hooks.log_failed_reset(exc)
+    finally:
+        lease.core.release(lease, ok)
+
+
+async def _areset(lease: BaseLease[Any], obj: Any) -> None:
+    """Like ``_reset``, for an async one."""
+    hooks = lease.core.hooks
+    assert hooks.reset is not None
+    ok = False
+    try:
+        await hooks.reset(obj)
+        ok = True
+    except Exception as exc:
+        hooks.log_failed_reset(exc)
+    finally:
+        lease.core.release(lease, ok)
+
+
+def _recover(lease: BaseLease[Any], entry: Entry) -> None:
+    """Warn about a lease that was garbage collected, and give back what it held."""
+    core = lease.core
+    lease.entry = RELEASED
+    # Who never gave the object back may still use it, and it must not get a second owner. Nor can
+    # a finalizer wait for a reset.
+    ok = core.hooks.reset is None and sys.getrefcount(entry.obj) <= 2
+    try:
+        warnings.warn(
+            f"{core.hooks.owner}: the lease taken at {taken_at(lease.code, lease.at)} "
+            "was never given back",
+            ResourceWarning,
+            stacklevel=1,
+        )
+    finally:
+        core.forgotten(entry, ok)

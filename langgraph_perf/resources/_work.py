@@ -1,0 +1,274 @@
+"""Carrying out what a core decided: loading objects into places and closing them.
+
+Here, and in the leases, is where the users' functions run: never under a core's lock, in the asking
+thread for sync callers, on private threads or on the right event loop for async ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextvars
+import functools
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
+
+from langgraph_perf.errors import ResourceError
+from langgraph_perf.resources import _offload
+from langgraph_perf.resources._entry import Entry
+from langgraph_perf.resources._hooks import Hooks
+
+T = TypeVar("T")
+logger = logging.getLogger("langgraph_perf")
+
+CLOSE_GRACE = 5.0
+"""Seconds granted to a close that somebody waits for but that runs where it may
+never end: on another thread's event loop, or, for objects whose own loop is closed, on a
+makeshift one."""
+
+_tasks: set[asyncio.Task[Any]] = set()  # event loops hold their tasks weakly
+
+
+class Owner(Protocol):
+    """What the work reports to: a core."""
+
+    hooks: Hooks
+    clock: Callable[[], float]
+
+    def cleared(self, entry: Entry) -> None:
+        """The victim of a place is closed; its object is about to be made."""
+
+    def made(self, entry: Entry, obj: Any, seconds: float) -> None:
+        """The object of a place is there."""
+
+    def failed(self, entry: Entry, error: BaseException) -> None:
+        """The object of a place could not be made."""
+
+    def emptied(self, entry: Entry) -> None:
+        """The object of a place is closed, and the place is free."""
+
+
+# -- threads and loops ---------------------------------------------------------------------------
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that runs in this thread, or ``None``."""
+    return asyncio._get_running_loop()
+
+
+def in_background(job: Callable[[], None]) -> None:
+    """Run ``job`` on a private thread, or here when there is none left to be had at exit."""
+    try:
+        _offload.shared.submit(job)
+    except RuntimeError:
+        job()
+
+
+async def off_loop(job: Callable[[], T]) -> T:
+    """Run a blocking ``job`` on a private thread. When cancelled, the job still runs to its end."""
+    return await asyncio.shield(asyncio.wrap_future(_offload.shared.submit(job)))
+
+
+def spawn(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task on the running loop that nobody needs to hold.
+
+    Its context is empty, since what it makes outlives the run that happened to ask first.
+    """
+    task = contextvars.Context().run(asyncio.get_running_loop().create_task, coroutine)
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+    return task
+
+
+def start_on(
+    loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine[Any, Any, None]]
+) -> bool:
+    """Start ``work`` on ``loop`` from any thread; ``False`` when the loop is closed."""
+    if running_loop() is loop:
+        spawn(work())
+        return True
+    try:
+        # the coroutine is made on the loop: one that is never started would warn
+        loop.call_soon_threadsafe(lambda: spawn(work()))
+    except RuntimeError:
+        return False
+    return True
+
+
+# -- loading -------------------------------------------------------------------------------------
+
+
+def load(owner: Owner, entry: Entry) -> None:
+    """Close what stood in the place, make its new object, report. Blocks; raises nothing."""
+    try:
+        if entry.victim is not None:
+            _close(owner.hooks, entry.victim)
+            owner.cleared(entry)
+        began = owner.clock()
+        obj = owner.hooks.create(entry.key)
+        took = owner.clock() - began
+    except BaseException as exc:
+        owner.failed(entry, exc)
+    else:
+        owner.made(entry, obj, took)
+
+
+async def aload(owner: Owner, entry: Entry) -> None:
+    """Like ``load``, for hooks that need an event loop."""
+    hooks = owner.hooks
+    try:
+        if entry.victim is not None:
+            await aclose(hooks, entry.victim)
+            owner.cleared(entry)
+        began = owner.clock()
+        if hooks.async_create:
+            obj = await hooks.create(entry.key)
+        else:
+            obj = await _acreate_off_loop(owner, entry)
+        took = owner.clock() - began
+    except asyncio.CancelledError:
+        # not passed on as it is: the waiter's task was not cancelled
+        owner.failed(entry, ResourceError(f"{hooks.owner}: the load was cancelled"))
+    except BaseException as exc:
+        owner.failed(entry, exc)
+        if not isinstance(exc, Exception):
+            raise
+    else:
+        owner.made(entry, obj, took)
+
+
+async def _acreate_off_loop(owner: Owner, entry: Entry) -> Any:
+    future = _offload.shared.submit(functools.partial(owner.hooks.create, entry.key))
+    try:
+        return await asyncio.shield(asyncio.wrap_future(future))
+    except asyncio.CancelledError:
+        orphan = Entry(entry.key, entry.loop)
+
+        def close_orphan(done: Any) -> None:
+            if done.exception() is None:
+                orphan.obj = done.result()
+                close_soon(owner.hooks, orphan, lambda: None)
+
+        future.add_done_callback(close_orphan)
+        raise
+
+
+def load_soon(owner: Owner, entry: Entry) -> None:
+    """Start the load of a place where it neither blocks an event loop nor the caller."""
+    if owner.hooks.needs_loop:
+        assert entry.loop is not None
+        if not start_on(entry.loop, functools.partial(aload, owner, entry)):
+            owner.failed(entry, RuntimeError("Event loop is closed"))
+        return
+    try:
+        _offload.shared.submit(functools.partial(load, owner, entry))
+    except BaseException as exc:
+        owner.failed(entry, exc)
+
+
+# -- closing -------------------------------------------------------------------------------------
+
+
+def _close(hooks: Hooks, entry: Entry) -> None:
+    """Run a sync ``close``; one that raises is logged."""
+    if hooks.close is not None:
+        try:
+            hooks.close(entry.obj)
+        except Exception as exc:
+            hooks.log_failed_close(exc)
+
+
+async def _aclose_here(hooks: Hooks, obj: Any) -> None:
+    assert hooks.close is not None
+    try:
+        await hooks.close(obj)
+    except Exception as exc:
+        hooks.log_failed_close(exc)
+
+
+async def aclose(hooks: Hooks, entry: Entry) -> None:
+    """Close an object from a task, on the loop it belongs to; waits until that is done."""
+    home = entry.loop
+    if hooks.close is None:
+        return
+    if not hooks.async_close:
+        await off_loop(functools.partial(_close, hooks, entry))
+    elif home is None or home is running_loop():
+        await _aclose_here(hooks, entry.obj)
+    elif home.is_running():
+        elsewhere = asyncio.run_coroutine_threadsafe(_aclose_here(hooks, entry.obj), home)
+        await asyncio.wait([asyncio.wrap_future(elsewhere)], timeout=CLOSE_GRACE)
+    else:
+        await off_loop(functools.partial(_close_without_its_loop, hooks, entry.obj))
+
+
+def close_now(hooks: Hooks, entry: Entry) -> None:
+    """Close an object from a thread and wait for it, as far as that cannot block for good."""
+    home, here = entry.loop, running_loop()
+    if hooks.close is None:
+        return
+    if not hooks.async_close:
+        _close(hooks, entry)
+    elif home is None or home.is_closed():
+        if here is None:
+            _close_without_its_loop(hooks, entry.obj)
+        else:
+            in_background(functools.partial(_close_without_its_loop, hooks, entry.obj))
+    elif here is not None:
+        start_on(home, functools.partial(_aclose_here, hooks, entry.obj))
+    elif home.is_running():
+        elsewhere = asyncio.run_coroutine_threadsafe(_aclose_here(hooks, entry.obj), home)
+        try:
+            elsewhere.result(CLOSE_GRACE)
+        except concurrent.futures.TimeoutError:  # not the builtin one before Python 3.11
+            logger.warning("%s: close is still under way on its event loop", hooks.owner)
+    else:
+        home.run_until_complete(asyncio.wait_for(_aclose_here(hooks, entry.obj), CLOSE_GRACE))
+
+
+def close_soon(hooks: Hooks, entry: Entry, done: Callable[[], None]) -> None:
+    """Have an object closed without making an event loop wait; ``done`` is called afterwards.
+
+    A sync ``close`` runs in the calling thread unless that runs an event loop.
+    """
+    home = entry.loop
+    if hooks.close is None:
+        done()
+    elif not hooks.async_close:
+        job = functools.partial(_close_then, hooks, entry, done)
+        if running_loop() is None:
+            job()
+        else:
+            in_background(job)
+    elif home is not None and home.is_running():
+        if not start_on(home, functools.partial(_aclose_then, hooks, entry, done)):
+            done()
+    else:
+        # the loop may never run again, so nobody waits for it
+        if home is None or not start_on(home, functools.partial(_aclose_here, hooks, entry.obj)):
+            in_background(functools.partial(_close_without_its_loop, hooks, entry.obj))
+        done()
+
+
+def _close_then(hooks: Hooks, entry: Entry, done: Callable[[], None]) -> None:
+    try:
+        _close(hooks, entry)
+    finally:
+        done()
+
+
+async def _aclose_then(hooks: Hooks, entry: Entry, done: Callable[[], None]) -> None:
+    try:
+        await _aclose_here(hooks, entry.obj)
+    finally:
+        done()
+
+
+def _close_without_its_loop(hooks: Hooks, obj: Any) -> None:
+    """Best effort for an object whose event loop is closed: some need no more than any loop."""
+    assert hooks.close is not None
+    try:
+        asyncio.run(asyncio.wait_for(hooks.close(obj), CLOSE_GRACE))
+    except Exception as exc:
+        logger.debug("%s: close after its event loop ended: %r", hooks.owner, exc)

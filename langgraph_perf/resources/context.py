@@ -1,0 +1,326 @@
+"""``FromContext``: somebody else's pool, leased like one of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from types import CodeType, TracebackType
+from typing import Any, Generic, TypeVar
+
+from langgraph_perf.errors import ConfigurationError, LeaseError, PoolClosed
+from langgraph_perf.resources import _lease, _offload
+from langgraph_perf.resources._lease import Heartbeat, taken_at
+from langgraph_perf.resources._stats import ResourceStats
+from langgraph_perf.resources._validate import describe, function
+from langgraph_perf.resources._work import off_loop, start_on
+from langgraph_perf.resources.resource import Resource, owner_name
+
+T = TypeVar("T")
+logger = logging.getLogger("langgraph_perf")
+
+
+class FromContext(Resource[T]):
+    """Each lease is one use of a context manager, for instance a connection of a driver's pool.
+
+    How many there can be, how long to wait for one and what happens when it comes back is up to
+    the driver: ``timeout`` of a lease does not apply. A context manager that is only sync is
+    entered and left on a private thread for async callers. One that is only async cannot serve
+    sync callers.
+
+    Args:
+        factory: called without arguments for each lease, returns a context manager or an async
+            one; ``pool.connection`` of psycopg_pool, ``engine.connect`` of SQLAlchemy.
+
+    Raises:
+        ConfigurationError: ``factory`` cannot be called, or is known not to give a context manager.
+    """
+
+    def __init__(self, factory: Callable[[], Any]) -> None:
+        owner = owner_name("FromContext", factory)
+        function(owner, "factory", factory, arguments=())
+        super().__init__(owner)
+        self._factory = factory
+        self._needs_loop = _only_async(owner, factory)
+        self._lock = threading.RLock()
+        self._closed = False
+        self._in_use = self._leases = self._forgotten = 0
+        self._wait_seconds = self._longest_wait = 0.0
+
+    @property
+    def needs_loop(self) -> bool:
+        return self._needs_loop
+
+    def lease(
+        self,
+        key: Hashable = None,
+        *,
+        timeout: float | None = None,
+        heartbeat: Heartbeat | None = None,
+    ) -> ContextLease[T]:
+        if self._needs_loop:
+            self._refuse_sync()
+        self.check_key(key)
+        frame = sys._getframe(1)
+        return ContextLease(self, heartbeat, frame.f_code, frame.f_lasti)
+
+    def alease(
+        self,
+        key: Hashable = None,
+        *,
+        timeout: float | None = None,
+        heartbeat: Heartbeat | None = None,
+    ) -> AsyncContextLease[T]:
+        self.check_key(key)
+        frame = sys._getframe(1)
+        return AsyncContextLease(self, heartbeat, frame.f_code, frame.f_lasti)
+
+    def stats(self) -> ResourceStats:
+        with self._lock:
+            return ResourceStats(
+                size=self._in_use,
+                in_use=self._in_use,
+                holders=self._in_use,
+                leases=self._leases,
+                loads=self._leases,
+                closed=self._leases - self._in_use,
+                wait_seconds=self._wait_seconds,
+                longest_wait=self._longest_wait,
+                forgotten=self._forgotten,
+            )
+
+    def close(self) -> None:
+        """Hand nothing out any more. The driver's pool belongs to whoever made it."""
+        self._closed = True
+
+    async def aclose(self) -> None:
+        """Like ``close``."""
+        self.close()
+
+    # -- called by the leases ---------------------------------------------------------------------
+
+    def make(self) -> Any:
+        """A new context manager.
+
+        Raises:
+            PoolClosed: ``close`` was called.
+        """
+        if self._closed:
+            raise PoolClosed(f"{self.owner} is closed")
+        return self._factory()
+
+    def refuse(self, manager: object, accepted: str) -> ConfigurationError:
+        """The error for what the factory gave when it is not what the caller can use."""
+        return ConfigurationError(
+            f"{self.owner}: factory must return {accepted}, got {type(manager).__name__}"
+        )
+
+    def entered(self, waited: float) -> None:
+        """Count a lease that begins."""
+        with self._lock:
+            self._in_use += 1
+            self._leases += 1
+            self._wait_seconds += waited
+            self._longest_wait = max(self._longest_wait, waited)
+
+    def left(self, forgotten: bool = False) -> None:
+        """Count a lease that is over."""
+        with self._lock:
+            self._in_use -= 1
+            self._forgotten += forgotten
+
+
+class _BaseContextLease(Generic[T]):
+    """A one-shot use of a ``FromContext``."""
+
+    def __init__(
+        self,
+        resource: FromContext[T],
+        heartbeat: Heartbeat | None,
+        code: CodeType | str,
+        at: int,
+    ) -> None:
+        self._resource = resource
+        self._heartbeat = heartbeat
+        self.code = code
+        self.at = at
+        self._used = False
+        self._manager: Any = None
+
+    def _begin(self) -> Any:
+        if self._used:
+            raise LeaseError(f"{self._resource.owner}: this lease was entered already")
+        self._used = True
+        return self._resource.make()
+
+    def _end(self) -> Any:
+        manager, self._manager = self._manager, None
+        if manager is None:
+            was = "given back already" if self._used else "not entered"
+            raise LeaseError(f"{self._resource.owner}: this lease was {was}; a lease is one-shot")
+        return manager
+
+    def __del__(self) -> None:
+        if getattr(self, "_manager", None) is None:
+            return
+        try:
+            warnings.warn(
+                f"{self._resource.owner}: the lease taken at {taken_at(self.code, self.at)} "
+                "was never given back",
+                ResourceWarning,
+                stacklevel=1,
+            )
+        finally:
+            self._resource.left(forgotten=True)
+            self._recover(self._end())
+
+    def _recover(self, manager: Any) -> None:
+        _exit_quietly(self._resource.owner, manager)
+
+
+class ContextLease(_BaseContextLease[T]):
+    """One use of a context manager, for ``with``."""
+
+    def __enter__(self) -> T:
+        manager = self._begin()
+        if not hasattr(type(manager), "__enter__"):
+            raise self._resource.refuse(
+                manager, "a context manager for 'with' (it is used in a sync node)"
+            )
+        began = time.monotonic()
+        value: T = manager.__enter__()
+        self._resource.entered(time.monotonic() - began)
+        self._manager = manager
+        return value
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> bool | None:
+        manager = self._end()
+        try:
+            return bool(manager.__exit__(exc_type, exc, tb))
+        finally:
+            self._resource.left()
+
+
+class AsyncContextLease(_BaseContextLease[T]):
+    """One use of a context manager, async or not, for ``async with``."""
+
+    async def __aenter__(self) -> T:
+        manager = self._begin()
+        kind = type(manager)
+        self._home = asyncio.get_running_loop()
+        self._async = hasattr(kind, "__aenter__")
+        began = time.monotonic()
+        with _beating(self._heartbeat):
+            if self._async:
+                value = await manager.__aenter__()
+            elif hasattr(kind, "__enter__"):
+                value = await _enter_off_loop(self._resource.owner, manager)
+            else:
+                raise self._resource.refuse(manager, "a context manager")
+        self._resource.entered(time.monotonic() - began)
+        self._manager = manager
+        return value  # type: ignore[no-any-return]
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> bool | None:
+        manager = self._end()
+        try:
+            if self._async:
+                return bool(await manager.__aexit__(exc_type, exc, tb))
+            leave = functools.partial(manager.__exit__, exc_type, exc, tb)
+            if exc_type is GeneratorExit:  # the task is being destroyed: it cannot await
+                _offload.shared.submit(leave)
+                return None
+            return bool(await off_loop(leave))
+        finally:
+            self._resource.left()
+
+    def _recover(self, manager: Any) -> None:
+        if not self._async:
+            _exit_quietly(self._resource.owner, manager)
+        else:
+            start_on(self._home, functools.partial(_aexit_quietly, self._resource.owner, manager))
+
+
+async def _enter_off_loop(owner: str, manager: Any) -> Any:
+    """Enter a sync context manager on a thread; one entered for nobody is left again."""
+    job = _offload.shared.submit(manager.__enter__)
+    try:
+        return await asyncio.shield(asyncio.wrap_future(job))
+    except asyncio.CancelledError:
+        job.add_done_callback(
+            lambda done: None if done.exception() else _exit_quietly(owner, manager)
+        )
+        raise
+
+
+def _exit_quietly(owner: str, manager: Any) -> None:
+    try:
+        manager.__exit__(None, None, None)
+    except Exception as exc:
+        logger.warning("%s: leaving the context manager failed: %r", owner, exc)
+
+
+async def _aexit_quietly(owner: str, manager: Any) -> None:
+    try:
+        await manager.__aexit__(None, None, None)
+    except Exception as exc:
+        logger.warning("%s: leaving the context manager failed: %r", owner, exc)
+
+
+@contextmanager
+def _beating(heartbeat: Heartbeat | None) -> Iterator[None]:
+    """Call ``heartbeat`` about once a second while the driver makes its caller wait."""
+    if heartbeat is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    timers: list[asyncio.TimerHandle] = []
+
+    def schedule() -> None:
+        timers[:] = [loop.call_later(_lease.LOOK_AGAIN_SECONDS, beat)]
+
+    def beat() -> None:
+        schedule()
+        heartbeat()
+
+    schedule()
+    try:
+        yield
+    finally:
+        timers[0].cancel()
+
+
+def _only_async(owner: str, factory: Callable[[], Any]) -> bool:
+    """Whether ``factory`` is known to give context managers that only work with ``async with``."""
+    fn: Any = factory
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    if inspect.isclass(fn):
+        return hasattr(fn, "__aenter__") and not hasattr(fn, "__enter__")
+    inner = inspect.unwrap(fn)
+    if inspect.iscoroutinefunction(fn) or (
+        inner is fn and (inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn))
+    ):
+        raise ConfigurationError(
+            f"{owner}: factory must return a context manager, but {describe(factory)} is a bare "
+            "generator or 'async def'; put @contextmanager or @asynccontextmanager on a generator"
+        )
+    return inspect.isasyncgenfunction(inner)
