@@ -410,12 +410,14 @@ def cells(line: str) -> list[str]:
 
 def test_tables() -> None:
     """Both tables are aligned, and their numbers are those of the passes."""
-    passes = [some_pass(), Pass("warm", 2, 0.5, some_pass().nodes)]
+    cold = Pass("cold", 1, 1.5, some_pass().nodes)
+    passes = [cold, Pass("warm", 2, 0.5, some_pass().nodes)]
     by_pass, by_node = passes_table(passes), nodes_table(total(passes))
     for lines in (by_pass, by_node):
         assert len({len(line) for line in lines}) == 1
     none = "0 of 2"
     assert cells(by_pass[3]) == ["warm", "2", "0.50", "3.0x", none, none, none, "1 of 2", "3"]
+    assert cells(passes_table(passes[1:])[2])[3] == "-", "there is no cold pass to compare with"
     assert cells(by_node[2]) == ["retrieve", "0", "4", "0", "-", "250.0", "8.0x", "8.00", "14"]
     assert cells(by_node[5]) == ["generate", "2", "2", "2", "2.000", "1.0", "3000.0x", "6.00", "0"]
 
@@ -452,7 +454,7 @@ def test_whole_job(tmp_path: Path, endpoint: Endpoints) -> None:
 
     second = subprocess.run(**run, capture_output=True, timeout=60)
     assert (second.returncode, second.stderr) == (0, "")
-    assert "not cold" in second.stdout
+    assert "not cold: 4 answers were stored" in second.stdout
     assert len(endpoint.requests) == 12, "only what the two changes concern is asked again"
 
 

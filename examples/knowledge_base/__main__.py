@@ -104,7 +104,8 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         cache = stack.enter_context(DiskCache(args.cache_dir))
         endpoint = stack.enter_context(served(args))
         model = ChatModel(model=args.model, endpoint=endpoint)
-        asker = Asker(build_graph(documents, Embedder(), model, cache), progress)
+        embedder = Embedder()
+        asker = Asker(build_graph(documents, embedder, model, cache), progress)
 
         def ask(name: str) -> Pass:
             return asker.ask_all(name, args.questions, args.user)
@@ -119,11 +120,16 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
             # whatever is cached was made from a file that is gone
             cache.invalidate("docs", *(f"user:{user}" for user in args.user))
 
+        # both will be needed, and loading them is not part of what the cache saves
+        embedder.embed(["warm up"])
+        endpoint()
+
         passes = [ask("first time")]
-        if not passes[0].nodes["generate"].runs:
-            progress.line("  not cold: an earlier run's cache answered (--fresh starts anew)")
+        stored = passes[0].answers - passes[0].nodes["generate"].runs
+        if stored:
+            progress.line(f"  not cold: {stored} answers were stored (--fresh starts anew)")
         passes.append(ask("again"))
-        progress.line("\nin a new process, on the same cache directory ...")
+        progress.line("\nnew process, on the same cache directory ...")
         passes.append(in_new_process(args))
 
         # data first, tag second: a node that reads in between stores nothing that is served later
@@ -140,9 +146,6 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
 
     for line in ["", *passes_table(passes), "", *nodes_table(total(passes))]:
         progress.line(line)
-    progress.line(
-        "\nThe first run of embed and of generate in a process includes loading its model."
-    )
 
 
 def served(args: argparse.Namespace) -> AbstractContextManager[Any]:

@@ -112,8 +112,10 @@ def generate(
     answer = model.invoke(
         [
             SystemMessage("You answer questions about Python."),
-            # what differs between users comes last: a server that keeps prefixes reads it only
-            HumanMessage(f"{passages}\n\n{state['query']} {STYLES[style]}"),
+            HumanMessage(passages),
+            AIMessage("I have read it. What is the question?"),
+            # last, so that a server that keeps prefixes reads the passages once for all users
+            HumanMessage(f"{state['query']} {STYLES[style]}"),
         ]
     )
     return {"answer": answer}

@@ -100,6 +100,11 @@ class Pass:
     seconds: float = 0.0
     nodes: dict[str, Tally] = field(default_factory=dict)
 
+    @property
+    def cold(self) -> bool:
+        """Whether every answer was generated anew."""
+        return self.nodes["generate"].runs == self.answers
+
     def to_json(self) -> str:
         """This pass as one line of JSON."""
         return json.dumps(asdict(self))
@@ -135,8 +140,9 @@ def total(passes: Sequence[Pass]) -> dict[str, Tally]:
 
 
 def passes_table(passes: Sequence[Pass]) -> list[str]:
-    """One row for each pass: how long it took, and how often each node really ran."""
-    cold = passes[0].seconds
+    """One row for each pass: how long it took, how much faster than cold that is, and how often
+    each node really ran."""
+    cold = passes[0].seconds if passes[0].cold else 0.0
     rows = [["pass", "answers", "seconds", "faster", *NODES, "embeddings"]]
     for p in passes:
         ran = [f"{p.nodes[n].runs} of {p.answers}" for n in NODES]
