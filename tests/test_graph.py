@@ -93,7 +93,12 @@ def test_context_and_configurable_are_in_the_key_as_vary_says() -> None:
 
     def count(policy: CachePolicy) -> int:
         graph = build(lambda state: {"answer": 1}, policy, context_schema=Context)
-        for user, model, lang in (("a", "x", "de"), ("b", "x", "de"), ("a", "y", "de"), ("a", "x", "en")):
+        for user, model, lang in (
+            ("a", "x", "de"),
+            ("b", "x", "de"),
+            ("a", "y", "de"),
+            ("a", "x", "en"),
+        ):
             graph.invoke(
                 {"query": "q"},
                 {"configurable": {"lang": lang}},
@@ -296,7 +301,9 @@ def test_a_hit_marks_the_trace() -> None:
 
 def test_stats_tell_what_hits_saved() -> None:
     """Hits add up the time and the tokens that their runs took."""
-    reply = AIMessage("hi", usage_metadata={"input_tokens": 3, "output_tokens": 4, "total_tokens": 7})
+    reply = AIMessage(
+        "hi", usage_metadata={"input_tokens": 3, "output_tokens": 4, "total_tokens": 7}
+    )
     model = GenericFakeChatModel(messages=iter([reply]))
 
     def node(state: State) -> State:
@@ -507,7 +514,9 @@ def test_controls_of_single_nodes() -> None:
     """``nodes`` wins over the run's own mode, by node name."""
     builder = StateGraph(State)
     for name in ("a", "b"):
-        builder.add_node(name, lambda state: {"path": ["x"]}, cache_policy=CachePolicy(key=["query"]))
+        builder.add_node(
+            name, lambda state: {"path": ["x"]}, cache_policy=CachePolicy(key=["query"])
+        )
     graph = builder.add_edge(START, "a").add_edge("a", "b").compile(cache=MemoryCache())
     question = {"query": "q", "path": []}
     graph.invoke(question)
@@ -648,7 +657,9 @@ async def test_clear_cache_keeps_langgraphs_meaning(cache: Cache) -> None:
     """All nodes by default, the named ones if any are named, none for an empty list."""
     builder = StateGraph(State)
     for name in ("a", "b"):
-        builder.add_node(name, lambda state: {"path": ["x"]}, cache_policy=CachePolicy(key=["query"]))
+        builder.add_node(
+            name, lambda state: {"path": ["x"]}, cache_policy=CachePolicy(key=["query"])
+        )
     graph = builder.add_edge(START, "a").add_edge("a", "b").compile(cache=cache)
 
     def runs() -> tuple[int, int]:
@@ -788,11 +799,12 @@ def test_every_kind_of_state_is_keyed(schema: Any) -> None:
     cache.invalidate("q:a")
 
 
+class Item(TypedDict):
+    item: int
+
+
 def test_send_inputs_are_keyed() -> None:
     """A node that Send gives its own input is keyed by that input."""
-
-    class Item(TypedDict):
-        item: int
 
     def work(state: Item) -> Any:
         return {"path": [str(state["item"])]}

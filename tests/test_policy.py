@@ -32,7 +32,7 @@ class State(TypedDict, total=False):
 def build(policy: Any, cache: Any = None, **kwargs: Any) -> Any:
     builder = StateGraph(State)
     builder.add_node("node", lambda state: {"answer": "done"}, cache_policy=policy, **kwargs)
-    return builder.add_edge(START, "node").compile(cache=cache or MemoryCache())
+    return builder.add_edge(START, "node").compile(cache=MemoryCache() if cache is None else cache)
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,7 @@ class Library(NamedTuple):
         )
 
 
-BUILTIN = Library(
-    "builtin", langgraph.graph.StateGraph, langgraph.types.CachePolicy, InMemoryCache
-)
+BUILTIN = Library("builtin", langgraph.graph.StateGraph, langgraph.types.CachePolicy, InMemoryCache)
 PERF = Library(
     "perf",
     langgraph_perf.StateGraph,
@@ -209,7 +207,9 @@ class Chat(TypedDict):
 
 def asked_again(lib: Library) -> list[str]:
     def reply(state: Chat) -> Any:
-        return {"messages": [AIMessage(f"re {state['messages'][-1].content}", id=str(uuid.uuid4()))]}
+        return {
+            "messages": [AIMessage(f"re {state['messages'][-1].content}", id=str(uuid.uuid4()))]
+        }
 
     policy = (
         lib.CachePolicy(key=lambda state: state["messages"][-1].content)

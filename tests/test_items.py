@@ -1,0 +1,274 @@
+"""``get_cache``: items finer than a node, inside nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from langchain_core.runnables import RunnableConfig
+from langgraph.cache.memory import InMemoryCache
+from langgraph.graph import START
+from typing_extensions import TypedDict
+
+from langgraph_perf import (
+    CacheMiss,
+    CachePolicy,
+    ConfigurationError,
+    MemoryCache,
+    StateGraph,
+    get_cache,
+)
+from langgraph_perf.caches.base import Cache
+from tests.conftest import Clock
+
+
+class State(TypedDict, total=False):
+    docs: list[str]
+    vectors: list[Any]
+
+
+def graph_of(node: Any, cache: Any, policy: CachePolicy | None = None) -> Any:
+    builder = StateGraph(State).add_node("node", node, cache_policy=policy)
+    return builder.add_edge(START, "node").compile(cache=cache)
+
+
+class Embedder:
+    """Counts what it was asked to compute."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+
+    def many(self, docs: list[str]) -> list[list[int]]:
+        self.batches.append(docs)
+        return [[len(doc)] for doc in docs]
+
+    async def amany(self, docs: list[str]) -> list[list[int]]:
+        return self.many(docs)
+
+
+def embedding_nodes(embedder: Embedder) -> list[Callable[..., Any]]:
+    def node(state: State) -> State:
+        items = get_cache("embeddings")
+        return {"vectors": items.get_or_set_many(state["docs"], embedder.many, tags=["docs"])}
+
+    async def anode(state: State, config: RunnableConfig) -> State:
+        items = get_cache("embeddings", config)
+        return {
+            "vectors": await items.aget_or_set_many(state["docs"], embedder.amany, tags=["docs"])
+        }
+
+    return [node, anode]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_only_misses_are_computed_once_and_in_one_call(
+    asynchronous: bool, cache: Cache
+) -> None:
+    """Stored keys are not computed again, duplicates once, and order is kept."""
+    embedder = Embedder()
+    graph = graph_of(embedding_nodes(embedder)[asynchronous], cache)
+
+    async def ask(*docs: str) -> Any:
+        question: State = {"docs": list(docs)}
+        result = await graph.ainvoke(question) if asynchronous else graph.invoke(question)
+        return result["vectors"]
+
+    assert await ask("a", "bb", "a") == [[1], [2], [1]]
+    assert await ask("ccc", "bb") == [[3], [2]]
+    assert await ask("a") == [[1]]
+    assert embedder.batches == [["a", "bb"], ["ccc"]]
+    cache.invalidate("docs")
+    assert await ask("a", "bb") == [[1], [2]]
+    assert embedder.batches[-1] == ["a", "bb"]
+    stats = graph.perf.stats().items["embeddings"]
+    assert (stats.hits, stats.runs) == (2, 5)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_single_items(asynchronous: bool, cache: Cache) -> None:
+    """One key is computed once; any value that can be keyed will do as key."""
+    computed: list[int] = []
+
+    def compute() -> Any:
+        computed.append(1)
+        return {"n": (len(computed), None)}
+
+    async def acompute() -> Any:
+        return compute()
+
+    def node(state: State) -> State:
+        return {"vectors": [get_cache("x").get_or_set(("k", 1, True), compute)]}
+
+    async def anode(state: State, config: RunnableConfig) -> State:
+        return {"vectors": [await get_cache("x", config).aget_or_set(("k", 1, True), acompute)]}
+
+    graph = graph_of(anode if asynchronous else node, cache)
+    for _ in range(2):
+        result = await graph.ainvoke({}) if asynchronous else graph.invoke({})
+        assert result["vectors"] == [{"n": (1, None)}]
+
+
+def test_none_is_a_value() -> None:
+    """A computed ``None`` is stored and hits."""
+    computed: list[int] = []
+    graph = graph_of(
+        lambda state: {"vectors": [get_cache("x").get_or_set("k", lambda: computed.append(1))]},
+        MemoryCache(),
+    )
+    graph.invoke({})
+    graph.invoke({})
+    assert computed == [1]
+
+
+def test_one_of_many_callers_computes() -> None:
+    """Threads of different runs that want one item share its computation."""
+    release = threading.Event()
+    computed: list[int] = []
+
+    def compute() -> int:
+        computed.append(1)
+        release.wait(20)
+        return 7
+
+    graph = graph_of(
+        lambda state: {"vectors": [get_cache("x").get_or_set("k", compute)]}, cache := MemoryCache()
+    )
+    from langgraph_perf._backend import Backend
+
+    with ThreadPoolExecutor(5) as pool:
+        calls = [pool.submit(graph.invoke, {}) for _ in range(5)]
+        while Backend.of(cache).flights.waiting() < 4:
+            pass
+        release.set()
+        assert [call.result(20)["vectors"] for call in calls] == [[7]] * 5
+    assert computed == [1]
+
+
+def test_without_a_cache_it_just_computes() -> None:
+    """Outside a run, and in a graph without a cache, items are computed."""
+    assert get_cache("x").get_or_set("k", lambda: 1) == 1
+    assert asyncio.run(get_cache("x").aget_or_set("k", _one)) == 1
+    assert get_cache("x").get_or_set_many(["a", "b"], lambda keys: [k * 2 for k in keys]) == [
+        "aa",
+        "bb",
+    ]
+    graph = graph_of(lambda state: {"vectors": [get_cache("x").get_or_set("k", lambda: 1)]}, None)
+    assert graph.invoke({})["vectors"] == [1]
+
+
+async def _one() -> int:
+    return 1
+
+
+def test_items_are_shared_by_graphs_and_kept_apart_by_namespace() -> None:
+    """One namespace on one cache is one cache, whatever graph or node uses it."""
+    cache = MemoryCache()
+    first = graph_of(lambda state: {"vectors": [get_cache("x").get_or_set("k", lambda: 1)]}, cache)
+    second = graph_of(lambda state: {"vectors": [get_cache("x").get_or_set("k", lambda: 2)]}, cache)
+    third = graph_of(lambda state: {"vectors": [get_cache("y").get_or_set("k", lambda: 3)]}, cache)
+    assert [g.invoke({})["vectors"] for g in (first, second, third)] == [[1], [1], [3]]
+
+
+def test_ttl_of_items(clock: Clock) -> None:
+    """Items expire after their own ttl."""
+    computed: list[int] = []
+    graph = graph_of(
+        lambda state: {
+            "vectors": [get_cache("x").get_or_set("k", lambda: computed.append(1), ttl=10)]
+        },
+        MemoryCache(clock=clock),
+    )
+    for seconds in (0, 9, 1):
+        clock.advance(seconds)
+        graph.invoke({})
+    assert computed == [1, 1]
+
+
+def test_the_runs_control_applies_to_items() -> None:
+    """refresh computes and stores, bypass only computes, only raises."""
+    numbers = iter(range(100))
+    graph = graph_of(
+        lambda state: {"vectors": [get_cache("x").get_or_set("k", lambda: next(numbers))]},
+        MemoryCache(),
+    )
+
+    def ask(mode: str) -> Any:
+        return graph.invoke({}, {"configurable": {"cache_control": {"mode": mode}}})["vectors"]
+
+    with pytest.raises(CacheMiss):
+        ask("only")
+    assert ask("use") == [0]
+    assert ask("refresh") == [1]
+    assert ask("bypass") == [2]
+    assert ask("only") == [1]
+
+
+def test_items_that_cannot_be_keyed_or_stored_are_computed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Unkeyable keys and values that cannot be stored cost the hit only, and are logged."""
+    lock = threading.Lock()
+    graph = graph_of(
+        lambda state: {
+            "vectors": [
+                get_cache("x").get_or_set(lock, lambda: 1),
+                get_cache("y").get_or_set("k", lambda: lock) is lock,
+                get_cache("z").get_or_set_many([lock, lock], lambda keys: [1 for _ in keys]),
+            ]
+        },
+        MemoryCache(),
+    )
+    for _ in range(2):
+        assert graph.invoke({})["vectors"] == [1, True, [1, 1]]
+    assert caplog.text.count("'x') computes uncached") == 1
+    assert graph.perf.stats().items["y"].refusals == {"unserializable": 2}
+
+
+def test_a_failing_computation_stores_nothing() -> None:
+    """What raises is raised, and the next call computes."""
+    outcomes = iter([ValueError("no"), 5])
+
+    def compute() -> Any:
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    graph = graph_of(
+        lambda state: {"vectors": [get_cache("x").get_or_set("k", compute)]}, MemoryCache()
+    )
+    with pytest.raises(ValueError, match="no"):
+        graph.invoke({})
+    assert graph.invoke({})["vectors"] == [5]
+
+
+def test_bad_input_of_items() -> None:
+    """Wrong namespaces, ttls, tags and batches are named."""
+    with pytest.raises(ConfigurationError, match=r"get_cache\(namespace\)"):
+        get_cache("")
+    with pytest.raises(ConfigurationError, match="a list of strings"):
+        get_cache("x").get_or_set("k", lambda: 1, tags="docs")
+    with pytest.raises(ConfigurationError, match="positive"):
+        get_cache("x").get_or_set("k", lambda: 1, ttl=-1)
+    with pytest.raises(ValueError, match="got 2 keys and returned 1 values"):
+        get_cache("x").get_or_set_many(["a", "b"], lambda keys: [1])
+    graph = graph_of(
+        lambda state: {"vectors": [get_cache("x").get_or_set("k", lambda: 1, tags=["t"])]},
+        InMemoryCache(),
+    )
+    with pytest.raises(ConfigurationError, match="cannot invalidate by tag"):
+        graph.invoke({})
+
+
+def test_items_inside_a_cached_node(memory: MemoryCache) -> None:
+    """A cached node that uses items computes neither twice."""
+    embedder = Embedder()
+    graph = graph_of(embedding_nodes(embedder)[0], memory, CachePolicy(version=1))
+    for docs in (["a"], ["a"], ["a", "b"]):
+        graph.invoke({"docs": docs})
+    assert embedder.batches == [["a"], ["b"]]
+    assert graph.perf.stats().nodes["node"].runs == 2
