@@ -258,6 +258,8 @@ def unpack(key: FullKey, blob: object, serde: SerializerProtocol | None = None) 
 
 
 def _checksum(digest: bytes, meta: bytes, body: bytes) -> bytes:
+    # the length keeps the border between the two from moving
+    digest += _LENGTH.pack(len(meta))
     if len(body) <= _JOINED:
         return xxhash.xxh3_128_digest(b"".join((digest, meta, body)))
     checksum = xxhash.xxh3_128(digest)

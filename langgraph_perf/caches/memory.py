@@ -140,7 +140,7 @@ class MemoryCache(TokenCache):
             self._entry_bytes += size
             if entry.expires is not None:
                 heappush(self._expiries, (entry.expires, next(self._serial), key))
-                self._prune_expiries()
+            self._prune_expiries()
         self._tally.add(writes=1)
         return True
 
@@ -277,8 +277,6 @@ class MemoryCache(TokenCache):
                     self._main[key] = slot
                     continue
                 self._ghosts[hash(key)] = None
-                if len(self._ghosts) > self._count + 1:
-                    self._ghosts.popitem(last=False)
             else:
                 key, slot = self._main.popitem(last=False)
                 if slot.hits:
@@ -287,6 +285,8 @@ class MemoryCache(TokenCache):
                     continue
             self._entry_bytes -= slot.size
             evicted += 1
+        while len(self._ghosts) > self._count:
+            self._ghosts.popitem(last=False)
         if evicted:
             self._tally.add(evicted=evicted)
 
