@@ -1,0 +1,378 @@
+"""Message identity on replay: a cached result must not bring back the ids of another run.
+
+LangGraph's ``add_messages`` merges by message id, so an id replayed into another conversation
+overwrites, or removes, the wrong message. When a result is stored, a *plan* is stored with it that
+tells which ids the node created and which ones name something in its input. On replay, created ids
+are replaced by fresh ones and the others by the ids that the same messages have in the input at
+hand. Tool-call ids are treated likewise. Whatever refers to one id refers to one id afterwards.
+
+Only the places that hold ids are rewritten: a message's ``id``, and for tool calls those listed in
+``_slots``. Equal text elsewhere is left alone, and so are messages in dict or tuple form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import re
+import uuid
+from collections import deque
+from hashlib import blake2b
+from typing import Any
+
+from langchain_core.messages import BaseMessage, RemoveMessage
+from langgraph.graph.message import REMOVE_ALL_MESSAGES
+from langgraph.types import Send
+from pydantic import BaseModel
+
+from langgraph_perf.codec import Allowlist, DecodeError, EncodeError, decode, encode
+
+__all__ = ["pack_result", "spent_tokens", "unpack_result"]
+
+_PLANNED = b"R"
+"""First byte of a payload with a plan: no payload of the codec begins with it."""
+_CALL_TYPE = b"\xa9tool_call"
+"""How the codec writes the ``type`` of a tool call."""
+
+_CALL_LISTS = ("tool_calls", "invalid_tool_calls", "tool_call_chunks")
+_CALL_BLOCKS = frozenset(
+    [
+        "custom_tool_call",
+        "function_call",
+        "invalid_tool_call",
+        "mcp_tool_use",
+        "server_tool_call",
+        "server_tool_call_chunk",
+        "server_tool_use",
+        "tool_call",
+        "tool_call_chunk",
+        "tool_use",
+    ]
+)
+"""Types of content blocks whose ``id`` is that of a tool call."""
+_BLOCK_KEYS = ("tool_use_id", "tool_call_id", "call_id")
+_NOTES = ("__openai_function_call_ids__", "__gemini_function_call_thought_signatures__")
+"""Where integrations note something under the id of a tool call, in ``additional_kwargs``."""
+_PREFIX = re.compile(r"(?:[a-z]{2,12}[_-])*")
+_LEAVES = frozenset(
+    [type(None), bool, int, float, complex, str, bytes, bytearray, dt.datetime, dt.date, uuid.UUID]
+)
+_MAX_DEPTH = 200
+
+
+def pack_result(result: Any, state: Any) -> bytes:
+    """The bytes from which ``unpack_result`` replays ``result``.
+
+    Ids stay consistent within what is packed, so what belongs to a result (recorded stream chunks)
+    can be packed along with it, in one tuple.
+
+    Args:
+        result: what the node returned; it is not changed.
+        state: what the node was given.
+
+    Raises:
+        EncodeError: the result cannot be stored, or replayed under other ids.
+    """
+    messages: list[BaseMessage] = []
+    payload = encode(result, messages=messages)
+    if not messages and _CALL_TYPE not in payload:
+        return payload
+    carriers = _carriers(result, tree=True)
+    if sum(isinstance(carrier, BaseMessage) for carrier in carriers) != len(messages):
+        raise EncodeError("a message lies where it cannot be given a new id on replay")
+    if not carriers:
+        return payload
+    try:
+        plan = _make_plan(carriers, state)
+    except EncodeError:
+        raise
+    except Exception as exc:
+        raise EncodeError(f"its messages cannot be compared with the input's: {exc}") from exc
+    if plan is None:
+        return payload
+    header = encode(plan)
+    return b"".join([_PLANNED, len(header).to_bytes(4, "little"), header, payload])
+
+
+def unpack_result(payload: bytes, state: Any, allowed: Allowlist | None = None) -> Any:
+    """A fresh copy of the packed result, under ids that fit ``state``.
+
+    Args:
+        payload: from ``pack_result``.
+        state: what the node would be given now.
+        allowed: classes to restore besides the built-in ones.
+
+    Raises:
+        DecodeError: the payload is damaged, or refers to an input message that ``state`` does not
+            have in the same place and with the same content.
+    """
+    if payload[:1] != _PLANNED:
+        return decode(payload, allowed)
+    view = memoryview(payload)
+    start = 5 + int.from_bytes(view[1:5], "little")
+    plan = decode(view[5:start])
+    result = decode(view[start:], allowed)
+    try:
+        _rebind(result, plan, state)
+    except DecodeError:
+        raise
+    except Exception as exc:
+        raise DecodeError(f"damaged replay plan: {exc!r:.200}") from exc
+    return result
+
+
+def spent_tokens(result: Any) -> int:
+    """How many tokens the messages in ``result`` say a language model spent on them."""
+    total = 0
+    for message in {id(carrier): carrier for carrier in _carriers(result, tree=False)}.values():
+        usage = getattr(message, "usage_metadata", None)
+        tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+        if type(tokens) is int:
+            total += tokens
+    return total
+
+
+# -- plans ----------------------------------------------------------------------------------------
+
+
+def _make_plan(carriers: list[Any], state: Any) -> dict[str, Any] | None:
+    """Which of the result's ids name something in the input; ``None`` if it has no ids at all.
+
+    A plan is plain data::
+
+        carriers  how many carriers the result has
+        ids       {message id: index of the input's carrier that has it}
+        calls     {tool-call id: [index of the first input carrier with it, slot there]}
+        same      [[index in result, index in input]] of input messages without id, returned as such
+        inputs    [[index in input, digest]] of all carriers referred to
+    """
+    inputs = _carriers(state, tree=False)
+    at: dict[int, int] = {}
+    by_id: dict[str, int] = {}
+    by_call: dict[str, list[int]] = {}
+    for i, carrier in enumerate(inputs):
+        at.setdefault(id(carrier), i)
+        if isinstance(carrier, BaseMessage) and carrier.id is not None:
+            by_id.setdefault(carrier.id, i)
+        for k, (holder, key) in enumerate(_slots(carrier)):
+            if _is_id(holder[key]):
+                by_call.setdefault(holder[key], [i, k])
+
+    ids: dict[str, int] = {}
+    calls: dict[str, list[int]] = {}
+    same: list[list[int]] = []
+    any_id = False
+    for i, carrier in enumerate(carriers):
+        if isinstance(carrier, BaseMessage):
+            if carrier.id is not None:
+                any_id = any_id or not _removes_all(carrier)
+                if carrier.id in by_id:
+                    ids[carrier.id] = by_id[carrier.id]
+            elif id(carrier) in at:
+                same.append([i, at[id(carrier)]])
+        for holder, key in _slots(carrier):
+            if _is_id(holder[key]):
+                any_id = True
+                if holder[key] in by_call:
+                    calls[holder[key]] = by_call[holder[key]]
+    if not any_id and not same:
+        return None
+    used = {*ids.values(), *(i for i, _ in calls.values()), *(i for _, i in same)}
+    return {
+        "carriers": len(carriers),
+        "ids": ids,
+        "calls": calls,
+        "same": same,
+        "inputs": [[i, _digest(inputs[i])] for i in sorted(used)],
+    }
+
+
+def _rebind(result: Any, plan: dict[str, Any], state: Any) -> None:
+    """Give the messages and tool calls of a freshly decoded result their new ids, in place."""
+    carriers = _carriers(result, tree=True)
+    if len(carriers) != plan["carriers"]:
+        raise DecodeError("damaged replay plan: it is of another result")
+    inputs = _carriers(state, tree=False) if plan["inputs"] else []
+    for i, digest in plan["inputs"]:
+        try:
+            fits = _digest(inputs[i]) == digest
+        except Exception as exc:
+            raise DecodeError(f"the result refers to an input message: {exc!r:.200}") from exc
+        if not fits:
+            raise DecodeError("the result refers to an input message that is another one now")
+    ids = {old: _id(inputs[i].id) for old, i in plan["ids"].items()}
+    calls = {}
+    for old, (i, k) in plan["calls"].items():
+        holder, key = _slots(inputs[i])[k]
+        calls[old] = _id(holder[key])
+    same = dict(plan["same"])
+
+    for i, carrier in enumerate(carriers):
+        if isinstance(carrier, BaseMessage):
+            # in __dict__, because a subclass may be frozen or validate assignments
+            own = carrier.__dict__
+            if own["id"] is None:
+                if i in same:
+                    own["id"] = inputs[same[i]].id
+            elif not _removes_all(carrier):
+                if own["id"] not in ids:
+                    ids[own["id"]] = str(uuid.uuid4())
+                own["id"] = ids[own["id"]]
+        for holder, key in _slots(carrier):
+            old = holder[key]
+            if _is_id(old):
+                if old not in calls:
+                    calls[old] = _fresh_call(old)
+                holder[key] = calls[old]
+    for carrier in carriers:
+        if isinstance(carrier, BaseMessage):
+            _rename_notes(carrier.__dict__.get("additional_kwargs"), calls)
+
+
+def _is_id(value: Any) -> bool:
+    """Whether it is an id: the later chunks of a tool call have ``None`` or nothing."""
+    return type(value) is str and value != ""
+
+
+def _id(value: Any) -> str:
+    if type(value) is not str:
+        raise DecodeError("the result refers to an input message that has no id now")
+    return value
+
+
+def _fresh_call(old: str) -> str:
+    """An id like ``old``: providers look at the prefix and some limit the length."""
+    prefix = _PREFIX.match(old)
+    start = prefix.group() if prefix else ""
+    return start + uuid.uuid4().hex[: max(9, len(old) - len(start))]
+
+
+def _rename_notes(kwargs: Any, calls: dict[str, str]) -> None:
+    if not kwargs:
+        return
+    for name in _NOTES:
+        notes = kwargs.get(name)
+        if type(notes) is dict:
+            kwargs[name] = {calls.get(key, key): note for key, note in notes.items()}
+
+
+def _removes_all(message: BaseMessage) -> bool:
+    """Whether its id is no id but the instruction to remove all messages."""
+    return message.id == REMOVE_ALL_MESSAGES and isinstance(message, RemoveMessage)
+
+
+def _digest(carrier: Any) -> bytes:
+    """The digest of what a carrier says, whatever its ids."""
+    if isinstance(carrier, BaseMessage):
+        # not at import: keys are only needed by results that refer to their input
+        from langgraph_perf.keys import message_digest
+
+        return message_digest(carrier)
+    call = sorted((key, value) for key, value in carrier.items() if key != "id")
+    return blake2b(encode(call), digest_size=20).digest()
+
+
+# -- where ids are --------------------------------------------------------------------------------
+
+
+def _slots(carrier: Any) -> list[tuple[dict[str, Any], str]]:
+    """The places of a carrier that hold tool-call ids, as (dict, key), in a fixed order."""
+    if type(carrier) is dict:
+        return [(carrier, "id")]
+    own = carrier.__dict__
+    slots = [
+        (call, "id")
+        for name in _CALL_LISTS
+        if own.get(name)
+        for call in own[name]
+        if type(call) is dict and "id" in call
+    ]
+    if "tool_call_id" in own:
+        slots.append((own, "tool_call_id"))
+    content = own.get("content")
+    if type(content) is list:
+        for block in content:
+            if type(block) is dict:
+                if block.get("type") in _CALL_BLOCKS and "id" in block:
+                    slots.append((block, "id"))
+                slots += [(block, key) for key in _BLOCK_KEYS if key in block]
+    raw = own.get("additional_kwargs")
+    calls = raw.get("tool_calls") if type(raw) is dict and raw else None
+    if type(calls) is list:
+        slots += [(call, "id") for call in calls if type(call) is dict and "id" in call]
+    return slots
+
+
+_SLOT_FIELDS = frozenset([*_CALL_LISTS, "content"])
+
+
+def _carriers(value: Any, *, tree: bool) -> list[Any]:
+    """What carries ids in ``value``: messages and bare tool calls, in a fixed order.
+
+    The order is that of sorted keys where all keys are strings, else that of insertion.
+
+    Args:
+        tree: whether to look at a container again when it is met again. A result must be seen as
+            the tree it was stored as; a state may refer to itself, and looking once is enough.
+    """
+    found: list[Any] = []
+    _collect(value, found, set(), tree, True, 0)
+    return found
+
+
+def _collect(
+    value: Any, found: list[Any], seen: set[int], tree: bool, calls: bool, depth: int
+) -> None:
+    kind = type(value)
+    if kind in _LEAVES or depth > _MAX_DEPTH:
+        return
+    mro = kind.__mro__
+    inside: Any
+    if BaseMessage in mro:
+        # every time, since an equal state may hold equal messages instead of one message twice
+        found.append(value)
+        own = value.__dict__
+        inside = [own[name] for name in own if name not in _SLOT_FIELDS]
+        inside.append(value.__pydantic_extra__)
+        calls = False
+    elif dict in mro:
+        if calls and kind is dict and _is_call(value):
+            found.append(value)
+            return
+        # in a message of dict form the tool calls stay as they are
+        calls = calls and not ("role" in value and "content" in value)
+        inside = _values(value)
+    elif list in mro or tuple in mro or deque in mro:
+        inside = value
+    elif BaseModel in mro:
+        parts = value.__dict__, value.__pydantic_extra__, value.__pydantic_private__
+        inside = [item for part in parts if part for item in _values(part)]
+    elif dataclasses.is_dataclass(kind) or kind is Send:
+        own = getattr(value, "__dict__", {})
+        names = [f.name for f in dataclasses.fields(kind)] if kind is not Send else ["arg"]
+        inside = _values(own)
+        inside += [getattr(value, name, None) for name in names if name not in own]
+    else:
+        return
+    if id(value) in seen or _LEAVES.issuperset(map(type, inside)):
+        return
+    seen.add(id(value))
+    for item in inside:
+        _collect(item, found, seen, tree, calls, depth + 1)
+    if tree:
+        seen.discard(id(value))
+
+
+def _values(mapping: dict[Any, Any]) -> list[Any]:
+    if set(map(type, mapping)) == {str}:
+        return [mapping[key] for key in sorted(mapping)]
+    return list(mapping.values())
+
+
+def _is_call(value: dict[Any, Any]) -> bool:
+    return (
+        value.get("type") == "tool_call"
+        and type(value.get("id")) is str
+        and "name" in value
+        and "args" in value
+    )

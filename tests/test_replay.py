@@ -1,0 +1,659 @@
+"""Replay: fresh ids for what the node made, the current input's ids for what it refers to."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import uuid
+from collections.abc import Callable
+from typing import Annotated, Any, TypedDict
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    AnyMessage,
+    BaseMessage,
+    HumanMessage,
+    RemoveMessage,
+    SystemMessage,
+    ToolMessage,
+)
+from langgraph.graph import END, START, StateGraph
+from langgraph.graph.message import REMOVE_ALL_MESSAGES, add_messages
+from langgraph.types import Command, Overwrite, Send
+from pydantic import BaseModel, ConfigDict
+
+from langgraph_perf import codec
+from langgraph_perf.codec import Allowlist, DecodeError, EncodeError
+from langgraph_perf.replay import pack_result, spent_tokens, unpack_result
+
+
+@dataclasses.dataclass
+class Data:
+    messages: list[Any]
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slotted:
+    messages: tuple[Any, ...]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="allow")
+
+    messages: list[AnyMessage]
+
+
+def call(call_id: str | None, name: str = "search", **args: Any) -> dict[str, Any]:
+    return {"name": name, "args": args, "id": call_id, "type": "tool_call"}
+
+
+def conversation(tag: str) -> list[BaseMessage]:
+    """A conversation whose content is always the same, under ids that contain ``tag``."""
+    return [
+        SystemMessage("be brief", id=f"s-{tag}"),
+        HumanMessage("weather?", id=f"h-{tag}"),
+        AIMessage("", id=f"a-{tag}", tool_calls=[call(f"call_1{tag}"), call(f"call_2{tag}", q=1)]),
+        ToolMessage("sunny", id=f"t-{tag}", tool_call_id=f"call_1{tag}"),
+    ]
+
+
+def replayed(node: Callable[[Any], Any], one: Any, other: Any) -> tuple[Any, Any]:
+    """What ``node`` returned for ``one``, and its replay for ``other``."""
+    result = node(one)
+    return result, unpack_result(pack_result(result, one), other)
+
+
+def is_uuid(text: str | None) -> bool:
+    return str(uuid.UUID(text)) == text
+
+
+def test_a_result_without_messages_costs_nothing():
+    """Its payload is the codec's own, and the state is not even looked at."""
+
+    class Untouchable(dict):
+        def values(self) -> Any:
+            raise AssertionError("looked at")
+
+        __iter__ = keys = items = values  # type: ignore[assignment]
+
+    state = Untouchable(a=1)
+    for result in ({"a": [1, "x"], "id": "call_1"}, None, [Command(goto="x")], "tool_call", b"R"):
+        payload = pack_result(result, state)
+        assert payload == codec.encode(result)
+        assert unpack_result(payload, state) == result
+
+
+def test_created_messages_get_fresh_ids_on_every_replay():
+    """Each replay has ids of its own; messages without id stay without."""
+    result = {"messages": [AIMessage("a", id="run-1"), AIMessage("b")]}
+    payload = pack_result(result, {"messages": []})
+    first, second = (unpack_result(payload, {"messages": []})["messages"] for _ in range(2))
+    assert is_uuid(first[0].id)
+    assert is_uuid(second[0].id)
+    assert len({"run-1", first[0].id, second[0].id}) == 3
+    assert first[1].id is second[1].id is None
+    assert [m.content for m in first] == ["a", "b"]
+
+
+def test_asking_a_b_a_keeps_all_six_messages():
+    """In one thread, replaying the first answer appends it instead of overwriting it."""
+    stored: dict[str, bytes] = {}
+    runs: list[str] = []
+
+    class State(TypedDict):
+        messages: Annotated[list[AnyMessage], add_messages]
+
+    def answer(state: State) -> Any:
+        question = state["messages"][-1].content
+        if question in stored:
+            return unpack_result(stored[question], state)
+        runs.append(question)
+        result = {"messages": [AIMessage(f"about {question}", id=f"run-{question}")]}
+        stored[question] = pack_result(result, state)
+        return result
+
+    builder = StateGraph(State)
+    builder.add_node("answer", answer)
+    builder.add_edge(START, "answer")
+    builder.add_edge("answer", END)
+    graph = builder.compile()
+    messages: list[Any] = []
+    for question in "ABA":
+        messages = graph.invoke({"messages": [*messages, HumanMessage(question)]})["messages"]
+    assert runs == ["A", "B"]
+    assert [m.content for m in messages] == ["A", "about A", "B", "about B", "A", "about A"]
+    assert len({m.id for m in messages}) == 6
+
+
+def test_tool_results_answer_the_calls_of_the_current_input():
+    """What a tool node returned is replayed under the call ids of the input at hand."""
+
+    def tools(state: Any) -> Any:
+        return {
+            "messages": [
+                ToolMessage("x", id="new", tool_call_id=c["id"])
+                for c in state["messages"][2].tool_calls
+            ]
+        }
+
+    _, back = replayed(
+        tools, {"messages": conversation("one")}, {"messages": conversation("other")}
+    )
+    assert [m.tool_call_id for m in back["messages"]] == ["call_1other", "call_2other"]
+    assert back["messages"][0].id == back["messages"][1].id
+    assert is_uuid(back["messages"][0].id)
+
+
+def test_removals_and_edits_hit_the_current_inputs_messages():
+    """Trimming, editing and returning history refer to the same messages under other ids."""
+
+    def node(state: list[BaseMessage]) -> Any:
+        edited = state[2].model_copy(update={"content": "edited"})
+        return [RemoveMessage(id=state[1].id), edited, state[0], AIMessage("new", id="new")]
+
+    one, other = conversation("one"), conversation("other")
+    _, back = replayed(node, one, other)
+    merged = add_messages(other, back)
+    assert [m.content for m in merged] == ["be brief", "edited", "sunny", "new"]
+    assert [m.id for m in merged[:3]] == ["s-other", "a-other", "t-other"]
+    assert [c["id"] for c in merged[1].tool_calls] == ["call_1other", "call_2other"]
+    assert is_uuid(merged[3].id)
+
+
+def test_remove_all_is_an_instruction_and_stays():
+    """RemoveMessage(REMOVE_ALL_MESSAGES) keeps its id, alone and with a history behind it."""
+    result, back = replayed(
+        lambda s: [RemoveMessage(id=REMOVE_ALL_MESSAGES), *s[1:]],
+        conversation("one"),
+        conversation("two"),
+    )
+    assert back[0] == result[0]
+    assert back[1:] == conversation("two")[1:]
+    alone = [RemoveMessage(id=REMOVE_ALL_MESSAGES)]
+    assert pack_result(alone, []) == codec.encode(alone)
+
+
+WRAPS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "dict": (lambda m: {"messages": m}, lambda r: r["messages"]),
+    "list": (lambda m: m, lambda r: r),
+    "tuple": (lambda m: {"x": (1, tuple(m))}, lambda r: r["x"][1]),
+    "dataclass": (lambda m: Data(m), lambda r: r.messages),
+    "slots": (lambda m: Slotted(tuple(m)), lambda r: r.messages),
+    "model": (lambda m: Model(messages=m), lambda r: r.messages),
+    "extra": (lambda m: Model(messages=[], more=[m]), lambda r: r.more[0]),
+    "command": (lambda m: Command(update={"messages": m}), lambda r: r.update["messages"]),
+    "pairs": (lambda m: Command(update=[("messages", m)]), lambda r: r.update[0][1]),
+    "data": (lambda m: [Command(update=Data(m)), {"a": 1}], lambda r: r[0].update.messages),
+    "send": (lambda m: Command(goto=[Send("n", {"x": m})]), lambda r: r.goto[0].arg["x"]),
+    "overwrite": (lambda m: {"messages": Overwrite(m)}, lambda r: r["messages"].value),
+    "artifact": (
+        lambda m: [ToolMessage("x", tool_call_id="", artifact={"sub": m})],
+        lambda r: r[0].artifact["sub"],
+    ),
+    "other keys": (lambda m: {1: m, "b": 2}, lambda r: r[1]),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS.keys())
+def test_messages_are_found_wherever_they_lie(wrap):
+    """References are rebound and creations renamed in every place a node may put messages."""
+    into, out = wrap
+
+    for nested in (False, True):
+
+        def node(state: Any, nested: bool = nested) -> Any:
+            history = out(state["field"] if nested else state)
+            new = AIMessage("", id="new", tool_calls=[call("call_new")])
+            return into([history[1], new, ToolMessage("x", tool_call_id="call_new", id="t")])
+
+        states = into(conversation("one")), into(conversation("other"))
+        one, other = ({"field": state} for state in states) if nested else states
+        result, back = replayed(node, one, other)
+        assert type(back) is type(result)
+        human, ai, tool = out(back)
+        assert human == conversation("other")[1]
+        assert is_uuid(ai.id)
+        assert is_uuid(tool.id)
+        assert ai.id != tool.id
+        assert ai.tool_calls[0]["id"] == tool.tool_call_id != "call_new"
+
+
+def test_a_single_message_is_a_state_and_a_result():
+    """A node of a Send may get, and return, one bare message."""
+    one, other = HumanMessage("x", id="1"), HumanMessage("x", id="2")
+    _, back = replayed(lambda m: m.model_copy(update={"content": "y"}), one, other)
+    assert back == HumanMessage("y", id="2")
+
+
+def test_one_created_id_stays_one_id():
+    """A created message that is also removed, sent on, or returned twice keeps its identity."""
+    new = AIMessage("x", id="new")
+    result = Command(
+        update={"messages": [new, RemoveMessage(id="new")], "last": new},
+        goto=Send("n", {"message": new}),
+    )
+    back = unpack_result(pack_result(result, {}), {})
+    ids = [m.id for m in back.update["messages"]] + [back.update["last"].id]
+    assert {*ids, back.goto.arg["message"].id} == {ids[0]}
+    assert is_uuid(ids[0])
+
+
+def everywhere(call_id: str) -> list[Any]:
+    """One tool-call id in every place that knows it, and in text that merely equals it."""
+    return [
+        AIMessage(
+            [
+                {"type": "text", "text": call_id, "id": call_id},
+                {"type": "tool_use", "id": call_id, "name": "f", "input": {"id": call_id}},
+                {"type": "tool_call", "id": call_id, "name": "f", "args": {"id": call_id}},
+                {"type": "function_call", "id": "fc_1", "call_id": call_id, "name": "f"},
+                {"type": "tool_result", "tool_use_id": call_id, "content": call_id},
+                {"type": "server_tool_result", "tool_call_id": call_id},
+            ],
+            id=call_id,
+            name=call_id,
+            tool_calls=[call(call_id, id=call_id)],
+            invalid_tool_calls=[
+                {"name": "f", "args": call_id, "id": call_id, "error": None, "type": "x"}
+            ],
+            additional_kwargs={
+                "tool_calls": [
+                    {"id": call_id, "type": "function", "function": {"arguments": call_id}}
+                ],
+                "__openai_function_call_ids__": {call_id: "fc_1"},
+                "id": call_id,
+            },
+            response_metadata={"id": call_id, "tool_call_id": call_id},
+        ),
+        AIMessageChunk(
+            "",
+            tool_call_chunks=[
+                {"name": "f", "args": "{}", "id": call_id, "index": 0, "type": "tool_call_chunk"},
+                {"name": None, "args": "", "id": "", "index": 0, "type": "tool_call_chunk"},
+                {"name": None, "args": "", "id": None, "index": 0, "type": "tool_call_chunk"},
+            ],
+        ),
+        ToolMessage(call_id, tool_call_id=call_id, artifact=call_id),
+    ]
+
+
+def id_slots(messages: list[Any]) -> list[Any]:
+    ai, chunk, tool = messages
+    blocks = ai.content
+    return [
+        *(blocks[i]["id"] for i in (1, 2)),
+        blocks[3]["call_id"],
+        blocks[4]["tool_use_id"],
+        blocks[5]["tool_call_id"],
+        ai.tool_calls[0]["id"],
+        ai.invalid_tool_calls[0]["id"],
+        ai.additional_kwargs["tool_calls"][0]["id"],
+        *ai.additional_kwargs["__openai_function_call_ids__"],
+        chunk.tool_call_chunks[0]["id"],
+        tool.tool_call_id,
+    ]
+
+
+@pytest.mark.parametrize("prefix", ["call_", "toolu_", "chatcmpl-tool-", ""])
+def test_a_tool_call_id_is_rewritten_in_all_its_places_and_nowhere_else(prefix):
+    """Every place of a created call id gets the same new one; equal text stays."""
+    old = f"{prefix}0Ab1Cd2Ef3Gh"
+    result = everywhere(old)
+    back = unpack_result(pack_result(result, None), None)
+    (new,) = set(id_slots(back))
+    assert new != old
+    assert new.startswith(prefix)
+    assert len(new) == len(old)
+    assert [c["id"] for c in back[1].tool_call_chunks[1:]] == ["", None]
+    assert back[0].content[3]["id"].startswith("fc_")
+    expected = copy.deepcopy(result)
+    for message in (*back, *expected):
+        message.id = None
+    back[0].content[3]["id"] = "fc_1"
+    assert codec.decode(codec.encode(back).replace(new.encode(), old.encode())) == expected
+
+
+def test_a_tool_call_id_of_the_input_is_rebound_in_all_its_places():
+    """Every place of an input's call id gets the id that call has now."""
+    _, back = replayed(
+        lambda state: everywhere(state[2].tool_calls[1]["id"]),
+        conversation("one"),
+        conversation("another"),
+    )
+    assert set(id_slots(back)) == {"call_2another"}
+
+
+def test_bare_tool_calls_are_rebound():
+    """A node that was sent tool calls, not messages, answers the calls it is sent now."""
+
+    def node(state: Any) -> Any:
+        found = state[0] if type(state) is list else state["tool_call"]
+        return {"messages": [ToolMessage("x", tool_call_id=found["id"])], "call": found}
+
+    for wrap in (lambda c: [c], lambda c: {"__type": "tool_call_with_context", "tool_call": c}):
+        _, back = replayed(node, wrap(call("call_1", q=1)), wrap(call("call_2", q=1)))
+        assert back["messages"][0].tool_call_id == back["call"]["id"] == "call_2"
+        payload = pack_result(node(wrap(call("call_1", q=1))), wrap(call("call_1", q=1)))
+        with pytest.raises(DecodeError, match="another one"):
+            unpack_result(payload, wrap(call("call_2", q=2)))
+
+
+def test_calls_sent_on_match_the_message_that_made_them():
+    """Tool calls in a Send keep matching the replayed AIMessage, without a message in the Send."""
+    ai = AIMessage("", id="1", tool_calls=[call("call_1"), call("call_2")])
+    result = Command(
+        update={"messages": [ai]}, goto=[Send("tools", [one]) for one in ai.tool_calls]
+    )
+    back = unpack_result(pack_result(result, {}), {})
+    ids = [one["id"] for one in back.update["messages"][0].tool_calls]
+    assert [send.arg[0]["id"] for send in back.goto] == ids
+    assert not {"call_1", "call_2"} & {*ids}
+    assert [send.arg[0]["id"] for send in result.goto] == ["call_1", "call_2"]
+
+
+def test_messages_in_dict_or_tuple_form_are_left_alone():
+    """LangGraph gives these their ids when it merges them; nothing in them is rewritten."""
+    plain = [
+        {"role": "assistant", "content": "", "id": "h-one", "tool_calls": [call("call_1one")]},
+        {"role": "tool", "content": "x", "tool_call_id": "call_1one"},
+        ("user", "h-one"),
+    ]
+    state = {"messages": conversation("one")}
+    for result in ({"messages": plain}, {"messages": [*plain, AIMessage("x", id="new")]}):
+        back = unpack_result(pack_result(result, state), {"messages": conversation("two")})
+        assert back["messages"][:3] == plain
+
+
+def test_input_messages_without_id_are_matched_by_identity():
+    """The very message of the input, returned, gets the id it has in the current input."""
+    one = [HumanMessage("a"), HumanMessage("b")]
+    other = [HumanMessage("a", id="1"), HumanMessage("b", id="2")]
+    _, back = replayed(lambda state: [state[1], HumanMessage("b")], one, other)
+    assert back == [HumanMessage("b", id="2"), HumanMessage("b")]
+    _, back = replayed(lambda state: [state[1]], one, [HumanMessage("a"), HumanMessage("b")])
+    assert back == [HumanMessage("b")]
+
+
+def test_positions_do_not_depend_on_the_order_of_fields():
+    """Equal states are equal whatever the order of their keys."""
+
+    def state(tag: str) -> dict[str, Any]:
+        return {"a": conversation(tag), "b": [HumanMessage("x", id=f"x-{tag}")]}
+
+    turned = dict(reversed(state("two").items()))
+    _, back = replayed(lambda s: [RemoveMessage(id=s["b"][0].id)], state("one"), turned)
+    assert back[0].id == "x-two"
+
+
+def test_one_message_twice_in_the_state_is_like_two_equal_ones():
+    """A state read back from a checkpoint has copies where there was one object."""
+    talk = conversation("one")
+    one = {"last": talk[-1], "messages": talk, "zlast": HumanMessage("x", id="x-one")}
+    other = {
+        "last": conversation("two")[-1],
+        "messages": conversation("two"),
+        "zlast": HumanMessage("x", id="x-two"),
+    }
+    _, back = replayed(lambda s: [RemoveMessage(id=s["zlast"].id)], one, other)
+    assert back[0].id == "x-two"
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def edited(state: list[BaseMessage]) -> Any:
+    return [RemoveMessage(id=state[1].id)]
+
+
+def answered(state: list[BaseMessage]) -> Any:
+    return [ToolMessage("x", tool_call_id=state[2].tool_calls[0]["id"])]
+
+
+def returned(state: list[BaseMessage]) -> Any:
+    return [state[3]]
+
+
+@pytest.mark.parametrize("node", [edited, answered, returned])
+def test_a_reference_that_does_not_fit_is_refused(node):
+    """Without the message it refers to, in its place and with its content, there is no replay."""
+    payload = pack_result(node(conversation("one")), conversation("one"))
+    unpack_result(payload, conversation("two"))
+    other = conversation("two")
+    for m in other:
+        m.content = "something else"
+    shifted = [SystemMessage("more", id="m"), *conversation("two")]
+    for state in ([], None, {}, conversation("two")[:1], other, shifted):
+        with pytest.raises(DecodeError, match="refers to an input message"):
+            unpack_result(payload, state)
+
+
+def test_a_reference_to_what_has_no_id_now_is_refused():
+    """A removal cannot be rebound to a message that has no id yet."""
+    payload = pack_result(edited(conversation("one")), conversation("one"))
+    state = conversation("two")
+    state[1].id = None
+    with pytest.raises(DecodeError, match="no id now"):
+        unpack_result(payload, state)
+
+
+def test_only_what_is_referred_to_is_compared():
+    """Other messages of the input may be different ones."""
+    _, back = replayed(edited, conversation("one"), [AIMessage("!"), *conversation("two")[1:2]])
+    assert back[0].id == "h-two"
+
+
+def test_a_message_out_of_reach_is_refused():
+    """A message that the codec stores but replay cannot find makes the result uncached."""
+    with pytest.raises(EncodeError, match="cannot be given a new id"):
+        pack_result({"a": np.array([AIMessage("x", id="1")], dtype=object)}, {})
+
+
+def test_an_input_that_cannot_be_compared_is_refused():
+    """A reference to a message whose content has no digest makes the result uncached."""
+    state = [ToolMessage("x", id="1", tool_call_id="c", artifact=object())]
+    with pytest.raises(EncodeError, match="cannot be compared"):
+        pack_result([RemoveMessage(id="1")], state)
+
+
+def test_types_are_subject_to_the_allowlist():
+    """A result with a plan obeys the allowlist like any other."""
+    payload = pack_result(Data([AIMessage("x", id="1")]), {})
+    with pytest.raises(DecodeError, match="not allowed"):
+        unpack_result(payload, {}, Allowlist(strict=True))
+    assert type(unpack_result(payload, {}, Allowlist.of(Data, strict=True))) is Data
+
+
+def test_odd_states_are_no_obstacle():
+    """Cycles, densely connected objects and foreign ones in the state do neither hang nor fail."""
+
+    @dataclasses.dataclass
+    class Knot:
+        others: list[Any] = dataclasses.field(default_factory=list)
+
+    knots = [Knot() for _ in range(100)]
+    for knot in knots:
+        knot.others = knots
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    state = {"graph": knots, "deep": deep, "x": object(), "z": conversation("one")}
+    other = {**state, "z": conversation("two")}
+    _, back = replayed(lambda s: edited(s["z"]), state, other)
+    assert back[0].id == "h-two"
+
+
+def test_originals_are_left_alone():
+    """Neither packing nor unpacking changes result, state or a later replay."""
+    state = {"messages": conversation("one")}
+    result = {"messages": [*state["messages"], *everywhere("call_x")], "data": Data([1])}
+    before = codec.encode([state, result])
+    payload = pack_result(result, state)
+    back = unpack_result(payload, {"messages": conversation("two")})
+    back["messages"][0].content = back["data"].messages[0] = "changed"
+    again = unpack_result(payload, {"messages": conversation("three")})
+    assert codec.encode([state, result]) == before
+    assert again["messages"][0] == conversation("three")[0]
+    assert again["data"] == result["data"]
+
+
+PAYLOAD = pack_result([*conversation("one"), AIMessage("n", id="n")], conversation("one"))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_damage_is_decode_error(data):
+    """Damaged and truncated payloads raise nothing but DecodeError."""
+    damaged = bytearray(PAYLOAD)
+    for _ in range(data.draw(st.integers(1, 3))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(DecodeError):
+        unpack_result(bytes(damaged), conversation("two"))
+    cut = data.draw(st.integers(0, len(PAYLOAD) - 1))
+    with pytest.raises(DecodeError):
+        unpack_result(PAYLOAD[:cut], conversation("two"))
+
+
+plain = st.none() | st.integers(-3, 5) | st.text(max_size=3)
+entries = st.dictionaries(
+    st.sampled_from(["carriers", "ids", "calls", "same", "inputs", "x"]),
+    plain | st.lists(st.lists(plain, max_size=2), max_size=2) | st.dictionaries(plain, plain),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(plain | st.lists(plain) | entries)
+def test_a_nonsense_plan_is_decode_error(plan):
+    """A well-formed payload with a plan of another shape raises nothing but DecodeError."""
+    header = codec.encode(plan)
+    payload = b"R" + len(header).to_bytes(4, "little") + header + codec.encode([AIMessage("x")])
+    with pytest.raises(DecodeError):
+        unpack_result(payload, conversation("two"))
+
+
+# -- tokens ---------------------------------------------------------------------------------------
+
+
+def test_spent_tokens_adds_up_what_the_messages_say():
+    """Every message counts once, wherever it lies; results without usage spent nothing."""
+
+    def ai(total: int) -> AIMessage:
+        usage = {"input_tokens": 1, "output_tokens": total - 1, "total_tokens": total}
+        return AIMessage("x", usage_metadata=usage)
+
+    one = ai(10)
+    assert spent_tokens({"messages": [one, HumanMessage("x")], "last": one}) == 10
+    assert spent_tokens(Command(update=Data([ai(1)]), goto=[Send("n", ai(2))])) == 3
+    assert spent_tokens([Model(messages=[ai(4)]), ai(5)]) == 9
+    for nothing in (None, {}, "x", [1], {"usage_metadata": {"total_tokens": 1}}, AIMessage("x")):
+        assert spent_tokens(nothing) == 0
+    odd = AIMessage("x")
+    odd.usage_metadata = {"total_tokens": "many"}
+    assert spent_tokens(odd) == 0
+
+
+# -- any history ----------------------------------------------------------------------------------
+
+
+@st.composite
+def histories(draw: Any) -> list[tuple[str, Any]]:
+    """Kinds of messages; an AI message comes with how many calls, a tool message with which."""
+    rows: list[tuple[str, Any]] = []
+    open_calls = 0
+    for _ in range(draw(st.integers(0, 8))):
+        kind = draw(st.sampled_from(["human", "ai", "tool"]))
+        if kind == "human":
+            rows.append((kind, draw(st.integers(0, 2))))
+        elif kind == "ai":
+            rows.append((kind, draw(st.integers(0, 3))))
+            open_calls += rows[-1][1]
+        elif open_calls:
+            rows.append((kind, draw(st.integers(0, open_calls - 1))))
+    return rows
+
+
+def build(rows: list[tuple[str, Any]], tag: str, first_call: int = 0) -> list[BaseMessage]:
+    made: list[BaseMessage] = []
+    count = first_call
+    for i, (kind, value) in enumerate(rows):
+        if kind == "human":
+            made.append(HumanMessage(f"text {value}", id=f"{tag}{i}"))
+        elif kind == "ai":
+            calls = [call(f"call_{tag}{count + k}", k=k) for k in range(value)]
+            count += value
+            made.append(AIMessage("", id=f"{tag}{i}", tool_calls=calls))
+        else:
+            made.append(ToolMessage("done", id=f"{tag}{i}", tool_call_id=f"call_{tag}{value}"))
+    return made
+
+
+ACTIONS = st.lists(
+    st.tuples(st.sampled_from(["remove", "edit", "return", "answer", "new"]), st.integers(0, 7)),
+    max_size=6,
+)
+
+
+def act(history: list[BaseMessage], actions: list[tuple[str, int]], tag: str) -> list[Any]:
+    """What a node does with a history; ids it makes up itself carry its own ``tag``."""
+    result: list[Any] = []
+    calls = [c["id"] for m in history for c in getattr(m, "tool_calls", [])]
+    for n, (action, at) in enumerate(actions):
+        if action == "new":
+            new = call(f"call_{tag}{n}")
+            result.append(AIMessage("", id=f"{tag}{n}", tool_calls=[new]))
+            result.append(ToolMessage("ok", id=f"{tag}t{n}", tool_call_id=new["id"]))
+            if at % 2:
+                result.append(RemoveMessage(id=f"{tag}{n}"))
+        elif action == "answer" and calls:
+            result.append(ToolMessage("ok", id=f"{tag}{n}", tool_call_id=calls[at % len(calls)]))
+        elif history and action != "answer":
+            message = history[at % len(history)]
+            if action == "remove":
+                result.append(RemoveMessage(id=message.id))
+            elif action == "edit":
+                result.append(message.model_copy(update={"content": "edited"}))
+            else:
+                result.append(message)
+    return result
+
+
+def identities(messages: list[Any]) -> list[tuple[str, str]]:
+    """Every id in order of appearance, marked as message or call."""
+    found = []
+    for m in messages:
+        found.append(("message", m.id))
+        found += [("call", c["id"]) for c in getattr(m, "tool_calls", [])]
+        if isinstance(m, ToolMessage):
+            found.append(("call", m.tool_call_id))
+    return found
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(histories(), ACTIONS)
+def test_a_replay_is_what_the_node_would_have_returned_up_to_fresh_ids(rows, actions):
+    """On any history: references name the same messages and calls, creations are new, all agree."""
+    one, other = build(rows, "one"), build(rows, "two")
+    result = act(one, actions, "made")
+    before = codec.encode([one, other, result])
+    back = unpack_result(pack_result({"messages": result}, one), other)["messages"]
+    assert codec.encode([one, other, result]) == before
+
+    expected = act(other, actions, "made")
+    assert [type(m) for m in back] == [type(m) for m in expected]
+    assert [m.content for m in back] == [m.content for m in expected]
+    renamed: dict[tuple[str, str], str] = {}
+    for want, got in zip(identities(expected), identities(back), strict=True):
+        assert want[0] == got[0]
+        assert renamed.setdefault(want, got[1]) == got[1]
+    assert len({*renamed.values()}) == len(renamed)
+    for (_, want), got in renamed.items():
+        assert ("made" in want) == (want != got)
+        assert "made" not in got
+    merged, wanted = add_messages(other, back), add_messages(other, expected)
+    assert [m.content for m in merged] == [m.content for m in wanted]
