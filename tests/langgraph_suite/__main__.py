@@ -1,0 +1,73 @@
+"""``make test-langgraph``: LangGraph's own test suite, with this library's ``StateGraph``.
+
+The suite comes with LangGraph's source distribution; the one of the installed version is fetched
+once into ``.cache``. It runs twice, see ``perf_plugin``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CACHE = HERE.parent.parent / ".cache" / "langgraph-suite"
+
+# Tests that look at how the built-in cache reports a hit: it puts ``__metadata__: {"cached": True}``
+# into the update of a node that did not run. No extension point lets a node say that of itself.
+KNOWN = [
+    f"tests/{module}.py::test_in_one_fan_out_state_graph_waiting_edge_multiple[{cache}-True]"
+    for module in ("test_pregel", "test_pregel_async")
+    for cache in ("sqlite", "memory")
+]
+
+
+def fetch() -> Path:
+    """The suite's folder."""
+    number = version("langgraph")
+    target = CACHE / number
+    if not (target / "tests").exists():
+        print(f"fetching the tests of langgraph {number} ...", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            pip += ["--no-binary", "langgraph", "--dest", folder, f"langgraph=={number}"]
+            subprocess.run(pip, check=True)
+            with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
+                root = f"langgraph-{number}/"
+                wanted = (root + "tests/", root + "pyproject.toml")
+                members = [m for m in archive.getmembers() if m.name.startswith(wanted)]
+                archive.extractall(folder, members=members, filter="data")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # only the whole folder counts as fetched
+            subprocess.run(["cp", "-r", f"{folder}/langgraph-{number}", str(target)], check=True)
+    return target
+
+
+def main() -> int:
+    """Run the suite in both ways; returns pytest's first bad exit code."""
+    suite = fetch()
+    for mode in ("plain", "wrapped"):
+        print(f"\nLangGraph's suite, {mode}:", flush=True)
+        environment = {
+            **os.environ,
+            "PERF_SUITE": mode,
+            "NO_DOCKER": "true",
+            "PYTHONPATH": str(HERE),
+        }
+        command = [sys.executable, "-m", "pytest", "tests", "-q", "-n", "2", "-p", "perf_plugin"]
+        command += ["-p", "no:cacheprovider", "--tb=short", "--ignore=tests/example_app"]
+        command += ["-W", "default"]
+        for test in KNOWN:
+            command += ["--deselect", test]
+        done = subprocess.run([*command, *sys.argv[1:]], cwd=suite, env=environment)
+        if done.returncode:
+            return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
