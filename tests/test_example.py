@@ -30,7 +30,7 @@ sys.path.insert(0, str(CHECKOUT))  # examples are run from the checkout, not ins
 from examples.knowledge_base.__main__ import QUESTIONS, USERS, Asker, main  # noqa: E402
 from examples.knowledge_base.documents import KnowledgeBase  # noqa: E402
 from examples.knowledge_base.graph import EMBEDDINGS, NODES, build_graph  # noqa: E402
-from examples.knowledge_base.models import ChatModel, Embedder, Endpoint, ModelError  # noqa: E402
+from examples.knowledge_base.models import ChatModel, Embedder, Endpoint, LocalServer, ModelError  # noqa: E402
 from examples.knowledge_base.report import (  # noqa: E402
     Pass,
     Progress,
@@ -363,6 +363,22 @@ def test_foreign_reply_is_a_clear_error(endpoint: Endpoints) -> None:
     endpoint.reply = {"hello": "world"}
     with pytest.raises(ModelError, match=r"not an OpenAI-style reply.*hello"):
         chat(Endpoint(endpoint.url))
+
+
+def test_local_server() -> None:
+    """The local model answers, counts its tokens, wants its key, and is gone after the block."""
+    with LocalServer() as server:
+        model = ChatModel(model=server.model, endpoint=server, max_tokens=3)
+        reply = model.invoke([HumanMessage("Hello")])
+        assert isinstance(reply, AIMessage)
+        assert reply.text
+        assert reply.usage_metadata is not None
+        assert reply.usage_metadata["output_tokens"] == 3
+        used = server()
+        with pytest.raises(ModelError, match="answered 401"):
+            chat(Endpoint(used.url, "wrong"))
+    with pytest.raises(ModelError, match="no model answers"):
+        chat(used)
 
 
 # -- report ---------------------------------------------------------------------------------------

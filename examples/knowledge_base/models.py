@@ -187,6 +187,7 @@ class LocalServer(AbstractContextManager["LocalServer"]):
         params.model.path = str(next(Path(package.origin).parent.glob("*.gguf")))
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
         params.n_ctx = 2048
+        params.n_batch = 128  # closing waits for one batch
         params.api_keys = [self._api_key]
         params.verbosity = 0
         return xllamacpp.Server(params)
