@@ -108,7 +108,7 @@ class Attempt:
                 ) from None
             spec.counters.refused(exc.reason)
             if exc.message is not None:
-                spec.warn(exc.message)
+                spec.warn(f"runs uncached: {exc.message}")
 
     def looked_up(self, entry: Entry | None) -> Ran | None:
         """What a first look at the cache makes of it."""
@@ -280,7 +280,9 @@ class Attempt:
         try:
             return None if when(value) else "when"
         except Exception as exc:
-            self.node.spec.warn(f"its policy's when= raised {type(exc).__name__}: {exc}")
+            self.node.spec.warn(
+                f"its result is not stored: when= raised {type(exc).__name__}: {exc}"
+            )
             return "when_raised"
 
     def _spent(self, value: Any) -> int:

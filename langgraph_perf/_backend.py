@@ -3,8 +3,8 @@
 Every operation fails open: an error or a missed deadline is a miss (or a result that is not
 stored), counted, and logged once per kind. After a few failures in a row a circuit breaker stops
 asking for a while, then lets one operation through to find out whether the backend is back
-(Nygard, *Release It!*, "Circuit Breaker"). Reads and writes have breakers of their own: a full disk
-must not stop reads.
+(Nygard, *Release It!*, "Circuit Breaker"). Reads, writes and tags have breakers of their own, since
+a full disk must not stop reads; but while nothing can be read, nothing else is tried either.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Backend:
         self.flights = FlightTable()
         self.reads = Breaker(clock)
         self.writes = Breaker(clock)
+        self.tags = Breaker(clock)
         self._failures: Counter[str] = Counter()
         self._batchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Batcher] = (
             weakref.WeakKeyDictionary()
@@ -137,13 +138,13 @@ class Backend:
     def tokens(self, tags: Sequence[str]) -> tuple[str, ...] | None:
         """The tags' current tokens; ``None`` when they cannot be had: then nothing that depends
         on them may be stored or served."""
-        return self._try(self.writes, "tags", self.cache.tag_tokens, tags)
+        return self._try(self.tags, "tags", self.cache.tag_tokens, tags)
 
     async def atokens(self, tags: Sequence[str]) -> tuple[str, ...] | None:
         """Like ``tokens``, without blocking the event loop."""
         if not self.cache.blocking:
             return self.tokens(tags)
-        return await self._atry(self.writes, "tags", self.cache.atag_tokens, tags)
+        return await self._atry(self.tags, "tags", self.cache.atag_tokens, tags)
 
     def write(self, key: FullKey, entry: Entry, lease: Lease | None) -> bool:
         """Whether the entry was stored."""
@@ -186,8 +187,7 @@ class Backend:
     def _try(
         self, breaker: Breaker, kind: str, operation: Callable[..., T], *args: Any
     ) -> T | None:
-        if not breaker.allows():
-            self._failures["skipped"] += 1
+        if not self._allows(breaker):
             return None
         try:
             result = operation(*args)
@@ -200,8 +200,7 @@ class Backend:
     async def _atry(
         self, breaker: Breaker, kind: str, operation: Callable[..., Awaitable[T]], *args: Any
     ) -> T | None:
-        if not breaker.allows():
-            self._failures["skipped"] += 1
+        if not self._allows(breaker):
             return None
         try:
             result = await asyncio.wait_for(operation(*args), self.deadline)
@@ -210,6 +209,12 @@ class Backend:
             return None
         breaker.succeeded()
         return result
+
+    def _allows(self, breaker: Breaker) -> bool:
+        allowed = (breaker is self.reads or not self.reads.is_open) and breaker.allows()
+        if not allowed:
+            self._failures["skipped"] += 1
+        return allowed
 
     def _failed(self, breaker: Breaker, kind: str, exc: Exception) -> None:
         breaker.failed()

@@ -69,7 +69,7 @@ class NodeSpec:
             if message in self._warned or len(self._warned) > 100:
                 return
             self._warned.add(message)
-        logger.warning("node %r runs uncached: %s", self.name, message)
+        logger.warning("node %r: %s", self.name, message)
 
 
 def call_key(

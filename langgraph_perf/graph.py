@@ -110,7 +110,9 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
                 try:
                     spec.code = fingerprint(node.bound)
                 except Unkeyable as exc:
-                    spec.warn(f"{exc}; CachePolicy(version=...) can stand for the node's code")
+                    spec.warn(
+                        f"runs uncached: {exc}; CachePolicy(version=...) can stand for its code"
+                    )
             node.cache_policy = None  # LangGraph must not cache it once more
             # What a task runs is ``node.node``, which LangGraph derives from the bound runnable and
             # the writers when it is first asked for. Giving it beforehand leaves ``bound`` as it

@@ -1,0 +1,253 @@
+"""The cache fails open (S2): whatever happens to a backend, every run ends with the right answer."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langgraph.cache.memory import InMemoryCache
+from langgraph.graph import START
+from typing_extensions import TypedDict
+
+from langgraph_perf import CachePolicy, DiskCache, MemoryCache, StateGraph
+from langgraph_perf._backend import FAILURES_TO_OPEN, FIRST_PAUSE, Backend, Breaker
+from langgraph_perf.caches.foreign import ForeignCache
+from tests.conftest import Clock
+
+
+class State(TypedDict, total=False):
+    query: str
+    answer: str
+
+
+def build(cache: Any, **policy: Any) -> Any:
+    builder = StateGraph(State)
+    builder.add_node(
+        "node", lambda state: {"answer": "done"}, cache_policy=CachePolicy(version=1, **policy)
+    )
+    return builder.add_edge(START, "node").compile(cache=cache)
+
+
+class Flaky(MemoryCache):
+    """A cache whose operations fail while ``broken`` names them; counts what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken: set[str] = set()
+        self.asked: list[str] = []
+
+    def _maybe(self, name: str) -> None:
+        self.asked.append(name)
+        if name in self.broken:
+            raise OSError(f"{name} is broken")
+
+    def read(self, lookups: Any) -> Any:
+        self._maybe("read")
+        return super().read(lookups)
+
+    def write(self, *args: Any) -> bool:
+        self._maybe("write")
+        return super().write(*args)
+
+    def tag_tokens(self, tags: Any) -> Any:
+        self._maybe("tags")
+        return super().tag_tokens(tags)
+
+
+@pytest.mark.parametrize("broken", ["read", "write", "tags"])
+async def test_a_failing_operation_costs_only_the_hit(
+    broken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each kind of failure is counted and logged once, and no run fails."""
+    cache = Flaky()
+    cache.broken = {broken}
+    graph = build(cache, tags=["docs"])
+    for i in range(4):
+        assert graph.invoke({"query": str(i)})["answer"] == "done"
+        assert (await graph.ainvoke({"query": str(i)}))["answer"] == "done"
+    stats = graph.perf.stats()
+    assert stats.failures[f"{broken}: OSError"] == FAILURES_TO_OPEN
+    assert caplog.text.count("is broken") == 1
+
+
+def test_a_failing_tag_store_never_serves_what_it_cannot_check() -> None:
+    """A result whose tags have no tokens is not stored."""
+    cache = Flaky()
+    cache.broken = {"tags"}
+    graph = build(cache, tags=["docs"])
+    graph.invoke({"query": "q"})
+    assert graph.perf.stats().nodes["node"].refusals == {"tags_unavailable": 1}
+    assert cache.stats().entries == 0
+
+
+def test_the_breaker_stops_asking_and_finds_out_when_to_ask_again(clock: Clock) -> None:
+    """After some failures in a row nothing is asked for a while; then one operation probes."""
+    breaker = Breaker(clock)
+    for _ in range(FAILURES_TO_OPEN):
+        assert breaker.allows()
+        breaker.failed()
+    assert breaker.is_open
+    assert not breaker.allows()
+    clock.advance(FIRST_PAUSE)
+    assert breaker.allows()  # the probe
+    assert not breaker.allows()
+    breaker.failed()
+    clock.advance(FIRST_PAUSE)
+    assert not breaker.allows()  # the second pause is longer
+    clock.advance(FIRST_PAUSE)
+    assert breaker.allows()
+    breaker.succeeded()
+    assert not breaker.is_open
+    assert breaker.allows()
+
+
+def test_a_probe_that_never_reports_back_does_not_close_the_door(clock: Clock) -> None:
+    """If the probing call is cancelled, another one may probe later."""
+    breaker = Breaker(clock)
+    for _ in range(FAILURES_TO_OPEN):
+        breaker.failed()
+    clock.advance(FIRST_PAUSE)
+    assert breaker.allows()
+    clock.advance(60)
+    assert breaker.allows()
+
+
+def test_single_success_between_failures_keeps_it_closed(clock: Clock) -> None:
+    """Only failures in a row open the breaker."""
+    breaker = Breaker(clock)
+    for _ in range(10):
+        breaker.failed()
+        breaker.succeeded()
+    assert not breaker.is_open
+
+
+def test_a_backend_that_comes_back_is_used_again(clock: Clock) -> None:
+    """Reads recover by themselves once the backend does, and writes never stopped."""
+    cache = Flaky()
+    cache.__dict__["_backend"] = Backend(cache, clock)
+    cache.broken = {"read"}
+    graph = build(cache)
+    for i in range(5):
+        graph.invoke({"query": str(i)})
+    asked = cache.asked.count("read")
+    assert asked == FAILURES_TO_OPEN
+    cache.broken = set()
+    clock.advance(FIRST_PAUSE)
+    graph.invoke({"query": "0"})
+    graph.invoke({"query": "0"})
+    assert graph.perf.stats().nodes["node"].hits >= 1
+
+
+class Hanging(InMemoryCache[Any]):
+    """A backend that never answers until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = threading.Event()
+
+    def get(self, keys: Any) -> Any:
+        self.let_go.wait(60)
+        return {}
+
+    def set(self, keys: Any) -> None:
+        self.let_go.wait(60)
+
+    async def aget(self, keys: Any) -> Any:
+        await asyncio.sleep(60)
+        return {}
+
+    async def aset(self, keys: Any) -> None:
+        await asyncio.sleep(60)
+
+
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hanging]:
+    monkeypatch.setattr(Backend, "deadline", 0.05)
+    cache = Hanging()
+    adapter = ForeignCache.of(cache)
+    adapter.deadline = 0.05
+    yield cache
+    cache.let_go.set()
+
+
+async def test_a_backend_that_hangs_costs_its_deadline(hanging: Hanging) -> None:
+    """A backend that never answers does not keep a run from ending, sync or async."""
+    graph = build(hanging)
+    assert graph.invoke({"query": "q"})["answer"] == "done"
+    assert (await graph.ainvoke({"query": "q"}))["answer"] == "done"
+    assert any("Timeout" in kind for kind in graph.perf.stats().failures)
+
+
+def test_a_full_disk_is_logged_and_the_runs_go_on(tmp_path: Path) -> None:
+    """When nothing can be written any more, every run still ends, and the log says so once."""
+    script = textwrap.dedent(
+        """
+        import logging, resource, signal, sys
+        from langgraph.graph import START
+        from typing_extensions import TypedDict
+        from langgraph_perf import CachePolicy, DiskCache, StateGraph
+
+        class State(TypedDict, total=False):
+            query: str
+            answer: str
+
+        logging.basicConfig(stream=sys.stdout, format="LOG %(message)s")
+        cache = DiskCache(sys.argv[1])
+        builder = StateGraph(State)
+        builder.add_node("node", lambda state: {"answer": state["query"] * 50_000},
+                         cache_policy=CachePolicy(version=1))
+        graph = builder.add_edge(START, "node").compile(cache=cache)
+        assert len(graph.invoke({"query": "a"})["answer"]) == 50_000
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        for query in "bcdefghijklmnop" * 2:
+            assert graph.invoke({"query": query})["answer"] == query * 50_000
+        assert graph.invoke({"query": "a"})["answer"] == "a" * 50_000
+        stats = graph.perf.stats()
+        assert stats.nodes["node"].hits >= 1, stats
+        print("FAILURES", dict(stats.failures))
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "cache")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "FAILURES {'write: " in done.stdout
+    assert done.stdout.count("LOG write of DiskCache failed") == 1
+
+
+def test_an_unwritable_disk_is_logged_and_the_runs_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cache whose files vanish or turn unwritable under it costs the hits only."""
+    with DiskCache(tmp_path / "cache") as cache:
+        graph = build(cache)
+        graph.invoke({"query": "q"})
+        for file in (tmp_path / "cache").iterdir():
+            file.write_bytes(b"\0" * file.stat().st_size)
+        for i in range(6):
+            assert graph.invoke({"query": str(i)})["answer"] == "done"
+
+
+def test_damaged_entries_are_misses(tmp_path: Path) -> None:
+    """An entry whose bytes changed on disk is a miss, and is replaced."""
+    import sqlite3
+
+    with DiskCache(tmp_path / "cache") as cache:
+        graph = build(cache)
+        graph.invoke({"query": "q"})
+        (database,) = (tmp_path / "cache").glob("*.db")
+        with sqlite3.connect(database) as connection:
+            connection.execute("UPDATE Cache SET value = zeroblob(length(value))")
+        connection.close()
+        for _ in range(2):
+            assert graph.invoke({"query": "q"})["answer"] == "done"
+        stats = graph.perf.stats().nodes["node"]
+        assert (stats.runs, stats.hits) == (2, 1)
