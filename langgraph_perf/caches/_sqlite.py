@@ -162,7 +162,7 @@ class Database:
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + _LOOK_EVERY
-            if _identity(self.path) != self._file:
+            if self._file is None or _identity(self.path) != self._file:
                 self._open()
         try:
             return self._idle.pop()
@@ -191,12 +191,16 @@ class Database:
                 isolation_level=None,
                 check_same_thread=False,
             )
+            # a text that is none (a damaged row) must not fail the rows around it
+            con.text_factory = _text
             handle = _Handle(con, file)
             try:
                 # WAL with NORMAL: killing a process loses nothing, a power failure at most the
                 # last transactions, and never the file's integrity
                 con.execute("PRAGMA synchronous = NORMAL")
-                con.execute(f"PRAGMA wal_autocheckpoint = {max(8, self._wal_bytes // PAGE)}")
+                # the log grows by one transaction more before it starts over
+                frames = max(8, self._wal_bytes // (PAGE + 24) - 16)
+                con.execute(f"PRAGMA wal_autocheckpoint = {frames}").fetchall()
                 con.execute(f"PRAGMA journal_size_limit = {self._wal_bytes}").fetchall()
                 con.execute("SELECT count(*) FROM sqlite_master").fetchall()
             except BaseException as exc:
@@ -266,14 +270,14 @@ class Database:
             if con.execute("PRAGMA user_version").fetchone() == (_COMPLETE,):
                 return
             # both only take effect before there is a table
-            con.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            con.execute("PRAGMA auto_vacuum = FULL")
             con.execute("PRAGMA journal_mode = WAL").fetchall()
             diskcache.Cache(
                 str(self.path.parent),
                 timeout=self._timeout,
                 size_limit=self._size_limit,
                 disk_min_file_size=2**31,  # never a file
-                sqlite_auto_vacuum=2,
+                sqlite_auto_vacuum=1,  # pages that come free go back to the disk
                 sqlite_mmap_size=0,  # a mapped file that is truncated kills the process
             ).close()
             con.execute(
@@ -380,6 +384,10 @@ def _unusable(directory: Path, why: str) -> ConfigurationError:
         f"directory: {str(directory)!r} cannot hold a cache: {why}; "
         "accepted is a writable directory of this user, or one that can be made"
     )
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

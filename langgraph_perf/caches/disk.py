@@ -41,6 +41,7 @@ from langgraph_perf.caches.entry import namespace_digest, seal, unseal
 from langgraph_perf.errors import ConfigurationError
 
 _SMALLEST = 2**16  # an empty database takes three quarters of it
+_LOG_INDEX = 2**15
 _ROW_COST = 400
 """Bytes a row takes beyond its value: its other columns, three indexes, half-filled pages."""
 _TAG_COST = 256
@@ -101,9 +102,9 @@ class DiskCache(TokenCache):
         self.size_limit = require_int("size_limit", size_limit, _SMALLEST, "bytes")
         self.lease_seconds = require_seconds("lease_seconds", lease_seconds)
         self.timeout = require_seconds("timeout", timeout)
-        # the write-ahead log counts too: part of the room is kept for it
+        # the write-ahead log and its index count too: part of the room is kept for them
         log = min(4 * 2**20, size_limit // 8)
-        self._room = size_limit - log
+        self._room = size_limit - log - (_LOG_INDEX if size_limit >= 16 * _LOG_INDEX else 0)
         self._most_tags = max(64, size_limit // 8 // _TAG_COST)
         self._writes_to_sweep = 0
         self._next_sweep = 0.0
@@ -203,31 +204,26 @@ class DiskCache(TokenCache):
 
     def _evict(self, con: sqlite3.Connection, size: int) -> None:
         """Remove entries, those stored longest ago first, until ``size`` bytes have room."""
-        batch = 4
-        while _used(con) + size > self._room:
-            evicted = con.execute(
-                "DELETE FROM Cache WHERE rowid IN"
-                " (SELECT rowid FROM Cache ORDER BY store_time LIMIT ?)",
-                (batch,),
-            ).rowcount
-            if not evicted:
+        while (excess := _used(con) + size - self._room) > 0:
+            doomed = []
+            for rowid, length in con.execute(
+                "SELECT rowid, coalesce(length(value), 0) FROM Cache ORDER BY store_time"
+            ):
+                doomed.append((rowid,))
+                excess -= length + _ROW_COST
+                if excess <= 0:
+                    break
+            if not doomed:
                 return
-            self._tally.add(evicted=evicted)
-            batch = min(batch * 2, _BATCH)
+            con.executemany("DELETE FROM Cache WHERE rowid = ?", doomed)
+            self._tally.add(evicted=len(doomed))
 
     def _shrink(self) -> None:
-        """Give room back to the disk, if the file is larger than it may be."""
-        with self._db.connection() as con:
-            if _pages(con, "page_count") * PAGE <= self._room:
-                return
-        with self._db.transaction() as con:
-            self._evict(con, 0)
-        self._vacuum()
-
-    def _vacuum(self) -> None:
-        with self._db.connection() as con:
-            for _ in range(0, _pages(con, "freelist_count"), _BATCH):
-                con.execute(f"PRAGMA incremental_vacuum({_BATCH})").fetchall()
+        """Keep to a limit that is smaller than it was."""
+        ((pages,),) = self._db.rows("PRAGMA page_count")
+        if pages * PAGE > self._room:
+            with self._db.transaction() as con:
+                self._evict(con, 0)
 
     def clear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Delete what is in exactly these namespaces; ``None`` deletes everything."""
@@ -242,8 +238,6 @@ class DiskCache(TokenCache):
                 con.execute("DELETE FROM Tags WHERE id = ?", (namespace_tag(tuple(namespace)),))
             first = namespace_digest(tuple(namespace))
             self._delete("raw = 1 AND key BETWEEN ? AND ?", (first, first + b"\xff" * 16))
-        if namespaces is None:
-            self._vacuum()
 
     def _delete(self, condition: str, values: tuple[bytes, ...]) -> None:
         with self._db.connection() as con:

@@ -160,7 +160,7 @@ _MAGIC = b"LGP\x01"
 _SUM = len(_MAGIC)
 _META = _SUM + 16
 """Where in the head the checksum and the metadata begin."""
-_JOINED = 2**15
+_JOINED = 2**13
 """Up to here, joining bytes is cheaper than feeding them to the checksum one by one."""
 _LENGTH = struct.Struct("<I")
 
