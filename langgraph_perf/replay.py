@@ -78,7 +78,7 @@ def pack_result(result: Any, state: Any) -> bytes:
     if not messages and _CALL_TYPE not in payload:
         return payload
     carriers = _carriers(result, tree=True)
-    if sum(isinstance(carrier, BaseMessage) for carrier in carriers) != len(messages):
+    if sum(map(_is_message, carriers)) != len(messages):
         raise EncodeError("a message lies where it cannot be given a new id on replay")
     if not carriers:
         return payload
@@ -146,36 +146,25 @@ def _make_plan(carriers: list[Any], state: Any) -> dict[str, Any] | None:
         same      [[index in result, index in input]] of input messages without id, returned as such
         inputs    [[index in input, digest]] of all carriers referred to
     """
-    inputs = _carriers(state, tree=False)
-    at: dict[int, int] = {}
-    by_id: dict[str, int] = {}
-    by_call: dict[str, list[int]] = {}
-    for i, carrier in enumerate(inputs):
-        at.setdefault(id(carrier), i)
-        if isinstance(carrier, BaseMessage) and carrier.id is not None:
-            by_id.setdefault(carrier.id, i)
-        for k, (holder, key) in enumerate(_slots(carrier)):
-            if _is_id(holder[key]):
-                by_call.setdefault(holder[key], [i, k])
+    places = [(i, slot) for i, carrier in enumerate(carriers) for slot in _slots(carrier)]
+    call_ids = {holder[key] for _, (holder, key) in places if _is_id(holder[key])}
+    found = [(i, carrier) for i, carrier in enumerate(carriers) if _is_message(carrier)]
+    message_ids = {carrier.id for _, carrier in found if not _removes_all(carrier)} - {None}
+    nameless = [(i, carrier) for i, carrier in found if carrier.id is None]
 
+    inputs = _carriers(state, tree=False)
     ids: dict[str, int] = {}
     calls: dict[str, list[int]] = {}
-    same: list[list[int]] = []
-    any_id = False
-    for i, carrier in enumerate(carriers):
-        if isinstance(carrier, BaseMessage):
-            if carrier.id is not None:
-                any_id = any_id or not _removes_all(carrier)
-                if carrier.id in by_id:
-                    ids[carrier.id] = by_id[carrier.id]
-            elif id(carrier) in at:
-                same.append([i, at[id(carrier)]])
-        for holder, key in _slots(carrier):
-            if _is_id(holder[key]):
-                any_id = True
-                if holder[key] in by_call:
-                    calls[holder[key]] = by_call[holder[key]]
-    if not any_id and not same:
+    for i, carrier in enumerate(inputs):
+        if message_ids and _is_message(carrier) and carrier.id in message_ids:
+            ids.setdefault(carrier.id, i)
+        if call_ids:
+            for k, (holder, key) in enumerate(_slots(carrier)):
+                if _is_id(holder[key]) and holder[key] in call_ids:
+                    calls.setdefault(holder[key], [i, k])
+    at = {id(carrier): i for i, carrier in enumerate(inputs)} if nameless else {}
+    same = [[i, at[id(carrier)]] for i, carrier in nameless if id(carrier) in at]
+    if not call_ids and not message_ids and not same:
         return None
     used = {*ids.values(), *(i for i, _ in calls.values()), *(i for _, i in same)}
     return {
@@ -208,7 +197,7 @@ def _rebind(result: Any, plan: dict[str, Any], state: Any) -> None:
     same = dict(plan["same"])
 
     for i, carrier in enumerate(carriers):
-        if isinstance(carrier, BaseMessage):
+        if _is_message(carrier):
             # in __dict__, because a subclass may be frozen or validate assignments
             own = carrier.__dict__
             if own["id"] is None:
@@ -225,7 +214,7 @@ def _rebind(result: Any, plan: dict[str, Any], state: Any) -> None:
                     calls[old] = _fresh_call(old)
                 holder[key] = calls[old]
     for carrier in carriers:
-        if isinstance(carrier, BaseMessage):
+        if _is_message(carrier):
             _rename_notes(carrier.__dict__.get("additional_kwargs"), calls)
 
 
@@ -263,7 +252,7 @@ def _removes_all(message: BaseMessage) -> bool:
 
 def _digest(carrier: Any) -> bytes:
     """The digest of what a carrier says, whatever its ids."""
-    if isinstance(carrier, BaseMessage):
+    if _is_message(carrier):
         # not at import: keys are only needed by results that refer to their input
         from langgraph_perf.keys import message_digest
 
@@ -303,7 +292,8 @@ def _slots(carrier: Any) -> list[tuple[dict[str, Any], str]]:
     return slots
 
 
-_SLOT_FIELDS = frozenset([*_CALL_LISTS, "content"])
+_NO_MESSAGES = frozenset([*_CALL_LISTS, "content", "response_metadata", "usage_metadata"])
+"""Fields of a message that hold no other messages."""
 
 
 def _carriers(value: Any, *, tree: bool) -> list[Any]:
@@ -331,9 +321,15 @@ def _collect(
     if BaseMessage in mro:
         # every time, since an equal state may hold equal messages instead of one message twice
         found.append(value)
-        own = value.__dict__
-        inside = [own[name] for name in own if name not in _SLOT_FIELDS]
-        inside.append(value.__pydantic_extra__)
+        inside = [
+            item
+            for name, item in value.__dict__.items()
+            if item and type(item) not in _LEAVES and name not in _NO_MESSAGES
+        ]
+        if value.__pydantic_extra__:
+            inside += value.__pydantic_extra__.values()
+        if not inside:
+            return
         calls = False
     elif dict in mro:
         if calls and kind is dict and _is_call(value):
@@ -367,6 +363,11 @@ def _values(mapping: dict[Any, Any]) -> list[Any]:
     if set(map(type, mapping)) == {str}:
         return [mapping[key] for key in sorted(mapping)]
     return list(mapping.values())
+
+
+def _is_message(carrier: Any) -> bool:
+    """Whether a carrier is a message, and not a bare tool call."""
+    return type(carrier) is not dict
 
 
 def _is_call(value: dict[Any, Any]) -> bool:

@@ -975,7 +975,7 @@ def named(ref: str) -> bytes:
         "subprocess:Popen",
         "decimal:Decimal",
         "builtins:dict",
-        "test_codec:Client",
+        f"{__name__}:Client",
         "typing:Any",
         "collections.abc:Mapping",
         "enum:Enum",
