@@ -30,7 +30,7 @@ MAX_DEPTH = 200
 
 _HEAPTYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made at run time, as a class statement does
 _WORD = 8
-_OPTIONS = (
+PACK_OPTIONS = (
     ormsgpack.OPT_SORT_KEYS
     | ormsgpack.OPT_PASSTHROUGH_BIG_INT
     | ormsgpack.OPT_PASSTHROUGH_DATACLASS
@@ -156,7 +156,7 @@ class Encoder:
 
     def pairs(self, mapping: Mapping[Any, Any]) -> bytes:
         """A mapping's items, in the order of their encoded keys."""
-        entries = [(self.at(".keys()", key), key, value) for key, value in mapping.items()]
+        entries = [(self.at(".keys()", key), key, value) for key, value in list(mapping.items())]
         # distinct keys have distinct encodings, so the sort never compares the keys themselves
         entries.sort(key=_first)
         out = [b"%d:" % len(entries)]
@@ -233,7 +233,13 @@ _PLAIN = _SCALARS | {list, dict}
 
 
 def plain(value: Any) -> bytes | None:
-    """The encoding of a list or dict that holds nothing but JSON-like values, else ``None``.
+    """The encoding of a list or dict that holds nothing but JSON-like values, else ``None``."""
+    raw = packed(value)
+    return None if raw is None else b"F%d:%b" % (len(raw), raw)
+
+
+def packed(value: Any) -> bytes | None:
+    """msgpack, with sorted keys, of a JSON-like value; ``None`` for any other.
 
     msgpack itself tells ``1``, ``1.0``, ``True`` and ``"1"`` apart, and the options make ormsgpack
     refuse whatever it would convert. Two things pass silently: it writes ``bytes``, ``bytearray``
@@ -241,18 +247,16 @@ def plain(value: Any) -> bytes | None:
     byte occurs, the value itself is looked at.
     """
     try:
-        raw = ormsgpack.packb(value, None, _OPTIONS)
+        raw = ormsgpack.packb(value, None, PACK_OPTIONS)
     except Exception:  # something that only the general way encodes or refuses
         return None
-    if (
-        b"\xc4" in raw
-        or b"\xc5" in raw
-        or b"\xc6" in raw
-        or b"\xcb\x7f" in raw
-        or b"\xcb\xff" in raw
-    ) and not _is_plain(value):
-        return None
-    return b"F%d:%b" % (len(raw), raw)
+    suspicious = (
+        0xC4 in raw
+        or 0xC5 in raw
+        or 0xC6 in raw
+        or (0xCB in raw and (b"\xcb\x7f" in raw or b"\xcb\xff" in raw))
+    )
+    return None if suspicious and not _is_plain([value]) else raw
 
 
 def _is_plain(value: Any) -> bool:
@@ -360,11 +364,11 @@ _BUILTIN: dict[type, Plan] = {
     bytes: lambda encoder, value: b"b" + _raw(value),
     bytearray: lambda encoder, value: b"B" + _raw(value),
     memoryview: _memoryview,
-    list: lambda encoder, value: _list(encoder, [*list.__iter__(value)]),
-    tuple: lambda encoder, value: _tuple(encoder, (*tuple.__iter__(value),)),
+    list: _list,
+    tuple: _tuple,
     collections.OrderedDict: _ordered_dict,
     collections.defaultdict: _default_dict,
-    dict: lambda encoder, value: _dict(encoder, dict.copy(value)),
+    dict: _dict,
     set: lambda encoder, value: b"e" + encoder.unordered(set.__iter__(value)),
     frozenset: lambda encoder, value: b"E" + encoder.unordered(frozenset.__iter__(value)),
     collections.deque: _deque,
@@ -376,6 +380,18 @@ _BUILTIN: dict[type, Plan] = {
     type(...): lambda encoder, value: b".",
     type(NotImplemented): lambda encoder, value: b"!",
 }
+
+
+# what a subclass instance holds as its base, whatever it overrides
+_AS_BASE: dict[type, Callable[[Any], Any]] = {
+    list: lambda value: [*list.__iter__(value)],
+    tuple: lambda value: (*tuple.__iter__(value),),
+    dict: dict.copy,
+}
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def builtin_plan(kind: type) -> Plan | None:
@@ -401,9 +417,10 @@ def _subclass_plan(kind: type, base: type, base_plan: Plan) -> Plan:
         return refuse(kind, "keeps state that cannot be read")
     head = b"c" + text(type_name(kind))
     state_of = instance_state(kind)
+    as_base = _AS_BASE.get(base, _same)
 
     def plan(encoder: Encoder, value: Any) -> bytes:
-        return head + base_plan(encoder, value) + encoder.attributes(state_of(value))
+        return head + base_plan(encoder, as_base(value)) + encoder.attributes(state_of(value))
 
     return plan
 

@@ -2,19 +2,23 @@
 
 Equal values give equal digests in every process; unequal ones differ, by type as well as by value;
 what cannot be keyed raises ``Unkeyable`` with the path to it, and is never guessed at. Messages
-count by content, see ``_messages_key``. The hash is BLAKE2b with 160 bits, so nobody can make two
+count by content, see ``_message_rows``. The hash is BLAKE2b with 160 bits, so nobody can make two
 inputs share a key.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
 from langchain_core.messages import BaseMessage
 
-from langgraph_perf._canonical import MAX_DEPTH, Unkeyable, text
-from langgraph_perf._messages_key import DIGEST_SIZE, KeyEncoder, content_digest, forget
+from langgraph_perf._canonical import MAX_DEPTH, Unkeyable, plain, text
+from langgraph_perf._message_rows import DIGEST_SIZE
+from langgraph_perf._messages_key import KeyEncoder, content_digest, forget
+
+_root = lru_cache(256)(text)
 
 __all__ = ["Unkeyable", "digest", "forget", "message_digest"]
 
@@ -30,11 +34,12 @@ def digest(*parts: tuple[str, Any]) -> str:
         Unkeyable: a part holds something that has no canonical value.
     """
     encoder = KeyEncoder()
-    encoded = [b"langgraph_perf key 1\\0"]
+    encoded = [b"langgraph_perf key 1\0"]
     for root, value in parts:
-        encoded.append(text(root))
+        encoded.append(_root(root))
         try:
-            encoded.append(encoder.encode(value))
+            # most states are plain dicts, which need no traversal
+            encoded.append((type(value) is dict and plain(value)) or encoder.encode(value))
         except Unkeyable as exc:
             exc.within(root)
             raise
