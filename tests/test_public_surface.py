@@ -1,0 +1,37 @@
+"""What the package exports, and that importing it stays light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import langgraph_perf
+
+
+def test_the_exports() -> None:
+    """Exactly these names, each with a docstring."""
+    assert sorted(langgraph_perf.__all__) == [
+        "CacheControl",
+        "CacheMiss",
+        "CachePolicy",
+        "ConfigurationError",
+        "DiskCache",
+        "LangGraphPerfError",
+        "MemoryCache",
+        "StateGraph",
+        "TieredCache",
+        "get_cache",
+    ]
+    for name in langgraph_perf.__all__:
+        assert getattr(langgraph_perf, name).__doc__
+
+
+def test_importing_it_imports_nothing_optional() -> None:
+    """What is heavy or optional is imported only where it is used."""
+    code = (
+        "import sys, langgraph.graph; before = set(sys.modules); import langgraph_perf; "
+        "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert not imported & {"numpy", "diskcache", "redis", "sqlalchemy", "matplotlib", "pickle"}
