@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any, Generic, cast
 
 from langchain_core.runnables import RunnableConfig
+from langgraph._internal._runnable import RunnableSeq
 from langgraph.cache.base import BaseCache
 from langgraph.graph import StateGraph as LangGraphStateGraph
 from langgraph.graph.state import CompiledStateGraph
-from langgraph.types import Checkpointer
+from langgraph.store.base import BaseStore
+from langgraph.types import All, Checkpointer, RetryPolicy, TimeoutPolicy
+from langgraph.types import CachePolicy as LangGraphCachePolicy
 from langgraph.typing import ContextT, InputT, OutputT, StateT
 from typing_extensions import Self
 
@@ -35,32 +39,66 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
     exactly as LangGraph's own does.
     """
 
-    def add_node(self, node: Any, action: Any = None, **kwargs: Any) -> Self:
+    def add_node(
+        self,
+        node: str | Any,
+        action: Any | None = None,
+        *,
+        defer: bool = False,
+        metadata: dict[str, Any] | None = None,
+        input_schema: type[Any] | None = None,
+        retry_policy: RetryPolicy | Sequence[RetryPolicy] | None = None,
+        cache_policy: CachePolicy | LangGraphCachePolicy[Any] | None = None,
+        error_handler: Any | None = None,
+        destinations: dict[str, str] | tuple[str, ...] | None = None,
+        timeout: float | timedelta | TimeoutPolicy | None = None,
+        **kwargs: Any,
+    ) -> Self:
         """Like LangGraph's ``add_node``; the policy is checked here, against the node's input.
 
         Raises:
             ConfigurationError: ``cache_policy`` is not a policy, or names a field that the node's
                 input does not have.
         """
-        policy = kwargs.get("cache_policy")
-        if policy is not None:
-            kwargs["cache_policy"] = CachePolicy.of(policy)
         before = set(self.nodes)
-        super().add_node(node, action, **kwargs)
+        given: dict[str, Any] = {
+            "defer": defer,
+            "metadata": metadata,
+            "input_schema": input_schema,
+            "retry_policy": retry_policy,
+            "cache_policy": _checked(cache_policy),
+            "error_handler": error_handler,
+            "destinations": destinations,
+            "timeout": timeout,
+            **kwargs,
+        }
+        super().add_node(node, cast(Any, action), **given)
         for name in set(self.nodes) - before:
             if self.nodes[name].cache_policy is not None:
                 self._check_policy(name, cast(Any, self.nodes[name].cache_policy))
         return self
 
-    def set_node_defaults(self, **kwargs: Any) -> Self:
+    def set_node_defaults(
+        self,
+        *,
+        retry_policy: RetryPolicy | Sequence[RetryPolicy] | None = None,
+        cache_policy: CachePolicy | LangGraphCachePolicy[Any] | None = None,
+        error_handler: Any | None = None,
+        timeout: float | timedelta | TimeoutPolicy | None = None,
+        **kwargs: Any,
+    ) -> Self:
         """Like LangGraph's ``set_node_defaults``.
 
         Raises:
             ConfigurationError: ``cache_policy`` is not a policy.
         """
-        if kwargs.get("cache_policy") is not None:
-            kwargs["cache_policy"] = CachePolicy.of(kwargs["cache_policy"])
-        super().set_node_defaults(**kwargs)
+        super().set_node_defaults(
+            retry_policy=retry_policy,
+            cache_policy=_checked(cache_policy),
+            error_handler=error_handler,
+            timeout=timeout,
+            **kwargs,
+        )
         return self
 
     def compile(
@@ -68,6 +106,11 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         checkpointer: Checkpointer = None,
         *,
         cache: BaseCache[Any] | None = None,
+        store: BaseStore | None = None,
+        interrupt_before: All | list[str] | None = None,
+        interrupt_after: All | list[str] | None = None,
+        debug: bool = False,
+        name: str | None = None,
         **kwargs: Any,
     ) -> CompiledGraph[StateT, ContextT, InputT, OutputT]:
         """Like LangGraph's ``compile``; ``cache`` is any LangGraph ``BaseCache``, ours or not.
@@ -82,7 +125,16 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
                 f"compile(cache=): got {cache!r}; accepted: MemoryCache(...), "
                 "DiskCache(directory), TieredCache(...), any other LangGraph BaseCache, or None"
             )
-        compiled = super().compile(checkpointer, cache=cache, **kwargs)
+        compiled = super().compile(
+            checkpointer,
+            cache=cache,
+            store=store,
+            interrupt_before=interrupt_before,
+            interrupt_after=interrupt_after,
+            debug=debug,
+            name=name,
+            **kwargs,
+        )
         # compile() has no hook for the class it makes, and all that follows from the class is
         # methods: the instance, which edges and branches already refer to, stays the same
         compiled.__class__ = CompiledGraph
@@ -114,13 +166,12 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
                         f"runs uncached: {exc}; CachePolicy(version=...) can stand for its code"
                     )
             node.cache_policy = None  # LangGraph must not cache it once more
-            # What a task runs is ``node.node``, which LangGraph derives from the bound runnable and
-            # the writers when it is first asked for. Giving it beforehand leaves ``bound`` as it
-            # is, and with it all that LangGraph finds out by looking at it: subgraphs, tools,
-            # timeouts, drawings.
-            node.__dict__["node"] = CachedSeq(
-                CachedNode(node.bound, spec), *node.flat_writers, trace_policy=node.trace_policy
-            )
+            # What a task runs is ``node.node``, which LangGraph derives once from the bound
+            # runnable and the writers. Replacing only that leaves ``bound`` as it is, and with it
+            # all that LangGraph finds out by looking at it: subgraphs, tools, timeouts, drawings.
+            derived = cast(RunnableSeq, node.node)
+            cached = CachedNode(node.bound, spec)
+            node.__dict__["node"] = CachedSeq(derived, cached, node.flat_writers)
             graph._perf.specs[name] = spec
 
     def _check_policy(self, name: str, policy: CachePolicy) -> None:
@@ -141,6 +192,11 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
             if schema is not None:
                 found |= types_in(schema)
         return Allowlist.of(*found)
+
+
+def _checked(policy: Any) -> Any:
+    # LangGraph hands it on as it is; its own class only says what else it takes
+    return None if policy is None else CachePolicy.of(policy)
 
 
 class CompiledGraph(

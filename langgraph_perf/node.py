@@ -98,7 +98,18 @@ class CachedSeq(RunnableSeq):
 
     While nobody listens to callbacks, a hit skips the bookkeeping of a run that nobody would see
     and goes straight to the writers, which decide where the graph goes next.
+
+    Args:
+        derived: the sequence LangGraph made of the node and its writers.
+        node: what takes the place of the node in it.
+        writers: the writers.
     """
+
+    def __init__(
+        self, derived: RunnableSeq, node: CachedNode, writers: Sequence[Runnable[Any, Any]]
+    ) -> None:
+        self.__dict__.update(derived.__dict__)  # names and tracing, whatever LangGraph keeps there
+        self.steps = [node, *writers]
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """Answer from the cache, or run the node; then write."""

@@ -46,8 +46,10 @@ def test_the_sequence_runs_its_first_step_as_the_node() -> None:
     graph = build(lambda state: None)
     sequence = graph.nodes["node"].node
     assert isinstance(sequence, CachedSeq)
-    own = RunnableSeq(graph.nodes["node"].bound, *graph.nodes["node"].flat_writers)
-    assert list(sequence.steps[1:]) == list(own.steps[1:])
+    node = graph.nodes["node"]
+    own = RunnableSeq(node.bound, *node.flat_writers)
+    assert sequence.steps[1:] == own.steps[1:]
+    assert vars(sequence).keys() == vars(own).keys()
 
 
 def test_the_scratchpad_tells_of_interrupts() -> None:
