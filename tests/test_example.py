@@ -449,7 +449,7 @@ def command(tmp_path: Path, *args: str) -> dict[str, Any]:
 
 
 def test_whole_job(tmp_path: Path, endpoint: Endpoints) -> None:
-    """The program runs to its tables; a new process and the next run find everything stored."""
+    """The program runs to its tables, and its new process finds everything stored."""
     questions = tmp_path / "questions.txt"
     questions.write_text("What is a lambda expression?\n\nHow can I catch an exception?\n")
     options = (f"--base-url={endpoint.url}", "--api-key=s3cret", "--model=stub")
@@ -468,11 +468,6 @@ def test_whole_job(tmp_path: Path, endpoint: Endpoints) -> None:
     assert set(endpoint.keys) == {"Bearer s3cret"}
     assert not re.search(r"\x1b|\r|s3cret", first.stdout)
 
-    second = subprocess.run(**run, capture_output=True, timeout=60)
-    assert (second.returncode, second.stderr) == (0, "")
-    assert "not cold: 4 answers were stored" in second.stdout
-    assert len(endpoint.requests) == 12, "only what the two changes concern is asked again"
-
 
 def test_interrupt_ends_quietly(tmp_path: Path, endpoint: Endpoints) -> None:
     """Ctrl-C in the middle of an answer ends the program at once and without a traceback."""
@@ -487,12 +482,46 @@ def test_interrupt_ends_quietly(tmp_path: Path, endpoint: Endpoints) -> None:
     assert err == ""
 
 
-def test_dead_endpoint_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An endpoint where nobody listens ends the program with one line that names it."""
+@pytest.fixture
+def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program on a temporary directory, without the real encoder and the new process."""
+    nothing = Pass("new process", nodes={name: Tally() for name in (*NODES, EMBEDDINGS)})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("examples.knowledge_base.__main__.Embedder", WordsEmbedder)
+    monkeypatch.setattr("examples.knowledge_base.__main__.in_new_process", lambda args: nothing)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_next_run_starts_warm_unless_fresh(
+    endpoint: Endpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next run finds everything stored and says so; ``--fresh`` starts from nothing."""
+    args = [f"--base-url={endpoint.url}", "--model=stub"]
+    rows = []
+    for fresh in ([], [], ["--fresh"]):
+        assert main([*args, *fresh]) == 0
+        out = capsys.readouterr().out
+        (row,) = [cells(line) for line in out.splitlines() if line.startswith("first time  ")]
+        rows.append(row[-5:])
+        assert ("not cold: 8 answers were stored" in out) == (len(rows) == 2)
+    embeddings = rows[0][-1]
+    assert int(embeddings) > 0
+    assert rows[0] == rows[2] == ["4 of 8", "4 of 8", "8 of 8", "8 of 8", embeddings]
+    assert rows[1] == ["0 of 8"] * 4 + ["0"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_unusable_directory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cache directory that cannot be ends the program with one line that names it."""
+    (tmp_path / "file").touch()
+    assert main(["--cache-dir=file/cache"]) == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*file/cache.*\n", err)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_dead_endpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An endpoint where nobody listens ends the program with one line that names it."""
     assert main(["--base-url=http://127.0.0.1:1/v1", "--model=stub"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: no model answers at http://127.0.0.1:1/v1")

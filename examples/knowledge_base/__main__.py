@@ -114,11 +114,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
             print(ask("new process").to_json())
             return
         if args.fresh:
-            cache.clear()
             documents.path.unlink(missing_ok=True)
         if documents.seed():
-            # whatever is cached was made from a file that is gone
-            cache.invalidate("docs", *(f"user:{user}" for user in args.user))
+            cache.clear()  # whatever it holds was made from a file that is gone
 
         # both will be needed, and loading them is not part of what the cache saves
         embedder.embed(["warm up"])
