@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -340,8 +341,8 @@ def test_chat_model(endpoint: Endpoints) -> None:
 
 def test_where_a_model_is_served_is_not_its_identity() -> None:
     """Two endpoints of one model are one model; two models are not."""
-    at = [ChatModel(model="m", endpoint=lambda p=p: Endpoint(p))._get_llm_string() for p in "ab"]
-    other = ChatModel(model="n", endpoint=lambda: Endpoint("a"))._get_llm_string()
+    at = [ChatModel(model="m", endpoint=partial(Endpoint, p))._get_llm_string() for p in "ab"]
+    other = ChatModel(model="n", endpoint=partial(Endpoint, "a"))._get_llm_string()
     assert at[0] == at[1] != other
 
 
@@ -454,7 +455,7 @@ def test_whole_job(tmp_path: Path, endpoint: Endpoints) -> None:
     questions.write_text("What is a lambda expression?\n\nHow can I catch an exception?\n")
     options = (f"--base-url={endpoint.url}", "--api-key=s3cret", "--model=stub")
     run = command(tmp_path, *options, f"--questions={questions}")
-    first = subprocess.run(**run, capture_output=True, timeout=60)
+    first = subprocess.run(**run, capture_output=True, timeout=100)
     assert (first.returncode, first.stderr) == (0, "")
     rows = {row[0]: row[4:] for row in map(cells, first.stdout.splitlines()) if len(row) == 9}
     none = ["0 of 4"] * 4
