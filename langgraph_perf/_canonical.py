@@ -324,7 +324,7 @@ def _ordered_dict(encoder: Encoder, value: collections.OrderedDict[Any, Any]) ->
 
 def _default_dict(encoder: Encoder, value: collections.defaultdict[Any, Any]) -> bytes:
     factory = encoder.at(".default_factory", _factory(value))
-    return b"w%b%b" % (factory, encoder.pairs(dict.copy(value)))
+    return b"w%b%b" % (factory, encoder.pairs(dict(dict.items(value))))
 
 
 def _raw(value: bytes | bytearray) -> bytes:
@@ -386,7 +386,7 @@ _BUILTIN: dict[type, Plan] = {
 _AS_BASE: dict[type, Callable[[Any], Any]] = {
     list: lambda value: [*list.__iter__(value)],
     tuple: lambda value: (*tuple.__iter__(value),),
-    dict: dict.copy,
+    dict: lambda value: dict(dict.items(value)),
 }
 
 
@@ -431,27 +431,32 @@ def instance_state(kind: type) -> Callable[[Any], dict[str, Any]]:
     Values kept by ``cached_property`` are left out: they follow from the rest, and are there only
     once somebody looked.
     """
-    get_dict: Callable[[Any], dict[str, Any]] | None = None
-    slots: list[tuple[str, Any]] = []
-    derived = {"__orig_class__", "__fields_set__"}
+    slots, derived, has_dict = [], {"__orig_class__", "__fields_set__"}, False
+    seen = set()
     for owner in mro_of(kind):
         for name, member in namespace_of(owner).items():
-            if type(member) is MemberDescriptorType:
-                if not name.startswith("__"):
-                    slots.append((name, member))
+            if name in seen:
+                continue
+            seen.add(name)
+            if name == "__dict__":
+                has_dict = type(member) in (GetSetDescriptorType, MemberDescriptorType)
+            elif type(member) is MemberDescriptorType and not name.startswith("__"):
+                slots.append(name)
             elif isinstance(member, cached_property):
                 derived.add(name)
-            elif name == "__dict__" and type(member) is GetSetDescriptorType and not get_dict:
-                get_dict = member.__get__
+    if kind.__dictoffset__ and not has_dict:
+        raise Unkeyable("", f"the attributes of a {type_name(kind)} cannot be read")
 
     def state_of(value: Any) -> dict[str, Any]:
+        # by name, not by descriptor, which would keep the class alive; for these names nothing
+        # but the instance's own dictionary and slots can answer
         state = {}
-        if get_dict is not None:
-            state = {k: v for k, v in get_dict(value).items() if k not in derived}
-        for name, member in slots:
+        if has_dict:
+            own = object.__getattribute__(value, "__dict__")
+            state = {name: item for name, item in own.items() if name not in derived}
+        for name in slots:
             try:
-                # a slot that a subclass defines again is a second slot of the same name
-                state[name if name not in state else f"{name} "] = member.__get__(value)
+                state[name] = object.__getattribute__(value, name)
             except AttributeError:  # not set
                 continue
         return state
