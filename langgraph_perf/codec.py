@@ -565,7 +565,6 @@ class _Walker(_Encoder):
         try:
             writer, message = _writer(type(obj))
             tag, form, head, parts = writer(obj)
-            start = packb(head, option=_OPTIONS)
         except (EncodeError, RecursionError) as exc:
             raise EncodeError(getattr(exc, "reason", _TOO_DEEP), _path(path)) from None
         except Exception as exc:
@@ -582,8 +581,10 @@ class _Walker(_Encoder):
                 walked.append(self.walk(item, (path, (key,))))
         else:
             walked = [self.walk(item, (path, (i,))) for i, item in enumerate(parts)]
-        body = packb([ormsgpack.Fragment(start), walked], option=_OPTIONS)
-        ref = self.record(tag, body)
+        try:
+            ref = self.record(tag, packb([head, walked], option=_OPTIONS))
+        except TypeError as exc:  # a lone surrogate in the name of an enum member, say
+            raise EncodeError(f"could not be stored: {exc}", _path(path)) from exc
         if message:
             self.messages.append(obj)
         return ref
@@ -626,7 +627,9 @@ def _text(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-_MISREAD = frozenset([bytearray, memoryview, ormsgpack.Ext, ormsgpack.Fragment])
+_MISREAD = frozenset(
+    [bytearray, memoryview, ormsgpack.Ext, getattr(ormsgpack, "Fragment", ormsgpack.Ext)]
+)
 
 
 def _misread(value: list[Any]) -> bool:

@@ -218,7 +218,11 @@ def same(left: Any, right: Any) -> bool:
             and left.tobytes() == right.tobytes()
         )
     if isinstance(left, np.generic):
-        return left.dtype == right.dtype and left.tobytes() == right.tobytes()
+        # a long double has padding of any content
+        bytewise = left.dtype.char != "g"
+        return left.dtype == right.dtype and bool(
+            left.tobytes() == right.tobytes() if bytewise else left == right
+        )
     if isinstance(left, BaseModel):
         return (
             same(left.__dict__, right.__dict__)
@@ -453,7 +457,7 @@ def numpy_values() -> list[Any]:
         np.complex64(1j),
         np.datetime64("2020-01-01T00:00", "ns"),
         np.timedelta64(3, "h"),
-        np.datetime64("NaT"),
+        np.datetime64("NaT", "s"),
         np.str_("a\0"),
         np.str_(""),
         np.bytes_(b"a\0"),
@@ -674,7 +678,6 @@ REFUSED = {
     "lambda factory": (collections.defaultdict(lambda: 1), "factory"),
     "class factory": (collections.defaultdict(Client), "factory"),
     "ext": (ormsgpack.Ext(1, b"\xc4"), "Ext"),
-    "fragment": (ormsgpack.Fragment(b"\xc4\x01x"), "Fragment"),
     "zone": (dt.datetime(2024, 1, 1, tzinfo=type("Zone", (dt.tzinfo,), {})()), "Zone"),
 }
 
