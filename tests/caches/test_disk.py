@@ -28,6 +28,7 @@ from .conftest import entry
 KEY = (("graph", "node"), "key")
 OTHER = (("graph", "node"), "other")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+may_fork = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 needs_modes = pytest.mark.skipif(os.name != "posix", reason="needs POSIX modes")
 
 
@@ -618,6 +619,7 @@ def test_nothing_stays_open(tmp_path, clock):
 
 
 @needs_fork
+@may_fork
 def test_fork(disk):
     """A forked child opens its own connections; both sides go on, and see each other."""
     disk.write(KEY, entry(b"before"))

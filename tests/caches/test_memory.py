@@ -218,6 +218,7 @@ def test_threads(clock: Clock):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_fork_while_locked(clock: Clock):
     """A child forked while another thread holds the lock starts empty and does not hang."""
     cache = MemoryCache(clock=clock)
@@ -234,6 +235,7 @@ def test_fork_while_locked(clock: Clock):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_fork_keeps_entries(clock: Clock):
     """A forked child starts with what its parent had."""
     cache = MemoryCache(clock=clock)
