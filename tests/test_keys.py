@@ -329,11 +329,13 @@ def test_types_and_values_are_told_apart():
             assert other is value, f"{other!r} and {value!r}"
 
 
-@pytest.mark.parametrize("value", DIFFERENT, ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value",
+    [v for v in DIFFERENT if not isinstance(v, (memoryview, types.MappingProxyType))],
+    ids=lambda v: type(v).__name__,
+)
 def test_copies_have_the_same_digest(value):
     """A deep copy is the same value; nothing of an object's identity is in the digest."""
-    if isinstance(value, (memoryview, types.MappingProxyType)):
-        pytest.skip("has no deep copy")
     assert key(copy.deepcopy(value)) == key(value)
     assert key([copy.deepcopy(value)]) == key([value])
 
@@ -363,7 +365,6 @@ def test_parts_are_told_apart_by_name_and_order():
         (np.array([complex(nan, 1)]), np.array([complex(-nan, 1)])),
         (range(0), range(5, 5)),
         (range(0, 3, 2), range(0, 4, 2)),
-        (np.arange(6).reshape(2, 3), np.arange(6).reshape(3, 2).T.reshape(3, 2).T.copy("F")),
         (np.ones((2, 3)), np.asfortranarray(np.ones((2, 3)))),
         (np.arange(10)[::2], np.arange(0, 10, 2)),
         (Open(y=1, z=2), Open(z=2, y=1)),
@@ -372,8 +373,6 @@ def test_parts_are_told_apart_by_name_and_order():
 )
 def test_order_and_layout_do_not_count(one, other):
     """Insertion order, the bits of a NaN and memory layout are no part of a value."""
-    if isinstance(one, np.ndarray) and not np.array_equal(one, other, equal_nan=True):
-        pytest.skip("not the same array")
     assert key(one) == key(other)
 
 
