@@ -103,7 +103,7 @@ class DiskCache(TokenCache):
         self.lease_seconds = require_seconds("lease_seconds", lease_seconds)
         self.timeout = require_seconds("timeout", timeout)
         # the write-ahead log and its index count too: part of the room is kept for them
-        log = min(4 * 2**20, size_limit // 8)
+        log = min(4 * 2**20, size_limit // 4)
         self._room = size_limit - log - (_LOG_INDEX if size_limit >= 16 * _LOG_INDEX else 0)
         self._most_tags = max(64, size_limit // 8 // _TAG_COST)
         self._writes_to_sweep = 0

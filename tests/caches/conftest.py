@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,10 +32,23 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def disk(tmp_path: Path, clock: Clock):
+def disk(tmp_path: Path, clock: Clock) -> Iterator[DiskCache]:
     """A disk cache in a fresh directory."""
     with DiskCache(tmp_path / "cache", clock=clock) as cache:
         yield cache
+
+
+@pytest.fixture(autouse=True)
+def no_threads_left() -> Iterator[None]:
+    """No test leaves a thread behind; collects garbage only where there is one to be found."""
+    before = set(threading.enumerate())
+    yield
+    if any(not thread.daemon for thread in set(threading.enumerate()) - before):
+        gc.collect()
+        for thread in set(threading.enumerate()) - before:
+            if not thread.daemon and not thread.name.startswith("asyncio_"):
+                thread.join(5)
+                assert not thread.is_alive(), f"{thread.name} is still running"
 
 
 def entry(payload: bytes = b"value", **fields: object) -> Entry:

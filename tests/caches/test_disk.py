@@ -408,7 +408,7 @@ def test_half_made_database(tmp_path):
 @pytest.mark.parametrize("size", [500, 5_000, 100_000])
 def test_stays_within_its_size(tmp_path, clock, size):
     """The whole directory stays within the limit and one entry; what came last is there."""
-    limit = 2**20
+    limit = 2**19
     with DiskCache(tmp_path / "cache", size_limit=limit, clock=clock) as cache:
         count = 3 * limit // (size + 500)
         for i in range(count):
