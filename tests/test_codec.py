@@ -542,6 +542,33 @@ def test_models_come_back_without_running_their_code():
     assert type(back[4]) is PointBox
 
 
+def test_a_combined_flag_that_this_process_has_not_met_comes_back():
+    """A combination of flags comes back in a process that never combined them, by no user code."""
+
+    class Fresh(enum.Flag):
+        A = 1
+        B = 2
+
+    class FreshInt(enum.IntFlag):
+        A = 1
+
+    for value in (Fresh.A | Fresh.B, Fresh(0), FreshInt(5)):
+        payload = encode([value])
+        type(value)._value2member_map_.pop(value._value_)
+        (back,) = decode(payload)
+        assert type(back) is type(value)
+        assert back._value_ == value._value_
+
+
+def test_a_slot_that_was_never_assigned_stays_so():
+    """Slots without a value come back without one."""
+    half = object.__new__(Slotted)
+    object.__setattr__(half, "a", 1)
+    back = roundtrip(half)
+    assert back.a == 1
+    assert not hasattr(back, "b")
+
+
 def test_v1_models_come_back():
     """Models of pydantic's v1 interface come back with fields set and private attributes."""
     with warnings.catch_warnings():
@@ -707,6 +734,58 @@ def test_a_bad_key_is_refused_with_its_path():
         encode([{Client(): 1}])
 
 
+class Guessing(enum.IntFlag):
+    A = 1
+
+    @classmethod
+    def _missing_(cls, value: Any) -> Any:
+        calls.append("missing")
+        return super()._missing_(value)
+
+
+class WithSlot(BaseModel):
+    __slots__ = ("more",)
+
+
+def odd_values() -> list[Any]:
+    ordered = collections.OrderedDict(a=1)
+    ordered.note = "x"
+    named = type("Sub", (Point,), {})(1)
+    named.note = "x"
+    model = Open()
+    model.__dict__[1] = 2
+    guess = Guessing(3)
+    Guessing._value2member_map_.pop(3, None)
+    with contextlib.closing(open(tz_file(), "rb")) as file:
+        keyless = zoneinfo.ZoneInfo.from_file(file)
+    return [
+        ordered,
+        named,
+        model,
+        guess,
+        WithSlot(),
+        keyless,
+        Open.model_construct({"\udc00"}),
+        object.__new__(Color),
+    ]
+
+
+def tz_file() -> str:
+    return next(
+        str(path) for root in zoneinfo.TZPATH if (path := pathlib.Path(root, "UTC")).is_file()
+    )
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_state_that_would_be_lost_is_refused(index):
+    """An object with more to it than the codec stores is refused instead of trimmed."""
+    value = odd_values()[index]
+    calls.clear()
+    with pytest.raises(EncodeError):
+        encode({"x": value})
+    assert calls == []
+
+
 def test_debug_patterns_are_refused():
     """A pattern compiled with re.DEBUG, which prints, is refused."""
     pattern = types.SimpleNamespace(pattern="a", flags=re.DEBUG)
@@ -775,6 +854,18 @@ def test_an_interrupt_gets_through():
             encode([Stop()])
     finally:
         del codec._KNOWN[Stop]
+
+
+def test_an_interrupt_of_decoding_gets_through(monkeypatch):
+    """KeyboardInterrupt while a part is fetched is not turned into a miss."""
+
+    def interrupt(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    payload = encode([(1,)])
+    monkeypatch.setattr(codec, "int", types.SimpleNamespace(from_bytes=interrupt), raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        decode(payload)
 
 
 def test_the_value_is_left_alone():
