@@ -185,7 +185,10 @@ class LocalServer(AbstractContextManager["LocalServer"]):
             )
         params = xllamacpp.CommonParams()
         params.model.path = str(next(Path(package.origin).parent.glob("*.gguf")))
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
+        cpus = os.cpu_count() or 1
+        params.cpuparams_batch.n_threads = cpus
+        # threads meet many times in each token: on a busy machine they wait more than they work
+        params.cpuparams.n_threads = max(1, cpus // 2)
         params.n_ctx = 2048
         params.n_batch = 128  # closing waits for one batch
         params.api_keys = [self._api_key]
