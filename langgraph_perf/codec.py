@@ -1269,7 +1269,7 @@ def _read_array(decoder: _Decoder, body: memoryview) -> Any:
     numpy: Any = sys.modules["numpy"]
     size = _size(shape)
     # checked before numpy sees the shape: an array never takes more room than the payload
-    if dtype.hasobject or not dtype.itemsize or size * dtype.itemsize != len(raw):
+    if not dtype.itemsize or size * dtype.itemsize != len(raw):
         _damaged("has an array of the wrong size")
     if not size:
         return numpy.empty(shape, dtype, order)

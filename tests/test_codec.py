@@ -1234,6 +1234,8 @@ BOMBS = {
         body(TAG.TUPLE, None, [part(1)]), body(TAG.TUPLE, None, [part(0)]), root=part(0)
     ),
     "huge array": compose(array("<f8", [2**40], b"12345678"), root=part(0)),
+    "long array": compose(array("<f8", [1], b"123456789"), root=part(0)),
+    "trailing": encode((1,)) + b"x",
     "negative array": compose(array("<f8", [-1, -1], b"12345678"), root=part(0)),
     "huge empty array": compose(array("<f8", [0, 2**62]), root=part(0)),
     "no items": compose(array("V0", [2**62]), root=part(0)),
@@ -1291,6 +1293,13 @@ def test_small_hostile_payloads_are_refused_at_once(payload):
         assert tracemalloc.get_traced_memory()[1] < 2_000_000 + 200 * len(payload)
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("key", ["../../../etc/passwd", "a.b/c", "", "/etc/x"])
+def test_a_zone_is_only_looked_for_under_a_plain_name(key):
+    """What could name another file, or a module of the time zone package, never gets that far."""
+    with pytest.raises(DecodeError, match="names no time zone"):
+        decode(compose(body(TAG.ZONE, key, []), root=part(0)))
 
 
 def test_a_big_fraction_is_not_reduced():

@@ -245,6 +245,14 @@ def test_one_created_id_stays_one_id():
     assert is_uuid(ids[0])
 
 
+def test_one_list_in_two_places_is_seen_in_both():
+    """A result that shares a list between fields is rewritten in each of them."""
+    shared = [AIMessage("x", id="new")]
+    back = unpack_result(pack_result({"a": shared, "b": shared}, {}), {})
+    assert back["a"] == back["b"]
+    assert is_uuid(back["a"][0].id)
+
+
 def everywhere(call_id: str) -> list[Any]:
     """One tool-call id in every place that knows it, and in text that merely equals it."""
     return [
