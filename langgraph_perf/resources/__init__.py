@@ -1,9 +1,9 @@
 """Resources that nodes lease: pooled, shared, keyed, or somebody else's.
 
 Read it downwards: ``registry`` leases several resources at once; ``pool``, ``shared``, ``keyed``
-and ``context`` are what users make; ``_lease`` drives, blocking or awaiting, what a core (``_core``,
-``_exclusive``, ``_shared``) decides; ``_work`` runs the users' functions; ``_reaper`` closes what
-is idle for too long.
+and ``context`` are what users make; ``_lease`` drives, blocking or awaiting, what a core
+(``_core``, ``_exclusive``, ``_shared``) decides; ``_work`` runs the users' functions; ``_reaper``
+closes what is idle for too long.
 """
 
 from langgraph_perf.resources._stats import ResourceStats

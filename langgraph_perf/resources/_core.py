@@ -403,8 +403,14 @@ class Core(ABC):
             return
         for _ in range(self.limits.min_size - len(self.entries)):
             entry = Entry(None, loop)
-            self.entries.add(entry)
+            self._add(entry)
             self._effects.loads.append(entry)
+
+    def _add(self, entry: Entry) -> None:
+        self.entries.add(entry)
+        if len(self.entries) == self.limits.min_size + 1:
+            for idle in self._idle():  # from now on, one too many
+                self._arm_for(idle)
 
     def _hand(self, waiter: Waiter, entry: Entry) -> None:
         waiter.entry = entry
@@ -427,7 +433,7 @@ class Core(ABC):
             self.entries.remove(victim)
             entry.victim = victim
             entry.state = State.CLOSING
-        self.entries.add(entry)
+        self._add(entry)
         return entry
 
     def _time_out(self, waiter: Waiter) -> None:
@@ -464,8 +470,7 @@ class Core(ABC):
         if victim is not None:
             self.entries.add(victim)
             self._leave(victim)
-        else:
-            self._dispatch()
+        self._dispatch()
 
     def _spoil(self, waiter: Waiter) -> None:
         entry = waiter.entry

@@ -86,10 +86,10 @@ class Lease(BaseLease[T]):
         core = self.core
         if core.put(self):
             return
-        if core.hooks.reset is None:
+        if core.hooks.reset is None or core.held(self).state is State.GONE:
             core.release(self)
         else:
-            _reset(self, core.held(self).obj)
+            _reset(self, self.entry.obj)
 
     def _acquire(self) -> None:
         self._refuse_reuse()
@@ -147,14 +147,14 @@ class AsyncLease(BaseLease[T]):
         core = self.core
         if core.put(self):
             return
-        if core.hooks.reset is None:
+        if core.hooks.reset is None or core.held(self).state is State.GONE:
             core.release(self)
         elif exc_type is GeneratorExit:
             core.release(self, False)  # the task is being destroyed: it cannot await a reset
         elif core.hooks.async_reset:
-            await asyncio.shield(spawn(_areset(self, core.held(self).obj)))
+            await asyncio.shield(spawn(_areset(self, self.entry.obj)))
         else:
-            await off_loop(functools.partial(_reset, self, core.held(self).obj))
+            await off_loop(functools.partial(_reset, self, self.entry.obj))
 
     async def _acquire(self) -> None:
         self._refuse_reuse()
