@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -30,8 +36,9 @@ from langgraph_perf._drive import Caller
 from langgraph_perf._flight import held_flights
 from langgraph_perf._identity import NodeSpec, Uncached, call_key, call_tags
 from langgraph_perf.caches.base import Entry
-from langgraph_perf.errors import CacheMiss
+from langgraph_perf.errors import CacheMiss, ConfigurationError
 from langgraph_perf.policy import narrowest_scope, shortest
+from langgraph_perf.resources import Registry, Want
 
 
 class Node(Protocol):
@@ -39,12 +46,10 @@ class Node(Protocol):
 
     Attributes:
         steps: what to run, one after the other.
-        uses_executor: whether that takes a thread of the event loop's default executor.
     """
 
     spec: NodeSpec
     steps: Sequence[Runnable[Any, Any]]
-    uses_executor: bool
 
 
 def _no_heartbeat() -> None: ...
@@ -93,6 +98,8 @@ class Attempt:
         spec = self.node.spec
         conf = self.config.get("configurable") or {}
         binding: Binding | None = conf.get(BINDING)
+        if spec.policy is None:
+            return
         try:
             if binding is None or binding.backend is None:
                 raise Uncached(
@@ -130,6 +137,7 @@ class Attempt:
         self, spec: NodeSpec, conf: Mapping[str, Any], binding: Binding
     ) -> tuple[Call, Caller]:
         policy, backend = spec.policy, binding.backend
+        assert policy is not None
         assert backend is not None
         control = binding.control.for_node(spec.name)
         if control.mode == "bypass":
@@ -167,27 +175,27 @@ class Attempt:
             nested=bool(held_flights.get()),
         )
         heartbeat = getattr(runtime, "heartbeat", _no_heartbeat)
-        return call, Caller(heartbeat, binding.blocked_loop, self.node.uses_executor)
+        return call, Caller(heartbeat, binding.blocked_loop, not self.node.spec.native_async)
 
     # -- the body ---------------------------------------------------------------------------------
 
     def invoke(self) -> Ran:
         """Run the node in this thread."""
-        with self._entered() as config:
-            value = self.input
-            for i, step in enumerate(self.node.steps):
-                value = step.invoke(
-                    value, _step_config(config, i), **(self.kwargs if not i else {})
-                )
+        with self._entered() as config, self._leases() as leased:
+            first, *others = self.node.steps
+            value = first.invoke(self.input, config, **self.kwargs, **leased)
+            for i, step in enumerate(others, 2):
+                value = step.invoke(value, _step_config(config, i))
         return self._ran(value)
 
     async def ainvoke(self) -> Ran:
         """Run the node in this task."""
         with self._entered() as config:
-            first, *others = self.node.steps
-            value = await first.ainvoke(self.input, config, **self.kwargs)
-            for i, step in enumerate(others, 2):
-                value = await step.ainvoke(value, _step_config(config, i))
+            async with self._aleases() as leased:
+                first, *others = self.node.steps
+                value = await first.ainvoke(self.input, config, **self.kwargs, **leased)
+                for i, step in enumerate(others, 2):
+                    value = await step.ainvoke(value, _step_config(config, i))
         return self._ran(value)
 
     def stream(self) -> tuple[Iterator[Any], Callable[[], Ran]]:
@@ -195,9 +203,9 @@ class Attempt:
         total = _Total()
 
         def chunks() -> Iterator[Any]:
-            with self._entered() as config:
+            with self._entered() as config, self._leases() as leased:
                 first, *others = self.node.steps
-                stream = first.stream(self.input, config, **self.kwargs)
+                stream = first.stream(self.input, config, **self.kwargs, **leased)
                 for i, step in enumerate(others, 2):
                     stream = step.transform(stream, _step_config(config, i))
                 for chunk in stream:
@@ -212,15 +220,51 @@ class Attempt:
 
         async def chunks() -> AsyncIterator[Any]:
             with self._entered() as config:
-                first, *others = self.node.steps
-                stream = first.astream(self.input, config, **self.kwargs)
-                for i, step in enumerate(others, 2):
-                    stream = step.atransform(stream, _step_config(config, i))
-                async for chunk in stream:
-                    total.add(chunk)
-                    yield chunk
+                async with self._aleases() as leased:
+                    first, *others = self.node.steps
+                    stream = first.astream(self.input, config, **self.kwargs, **leased)
+                    for i, step in enumerate(others, 2):
+                        stream = step.atransform(stream, _step_config(config, i))
+                    async for chunk in stream:
+                        total.add(chunk)
+                        yield chunk
 
         return chunks(), lambda: self._ran(total.value)
+
+    def _leases(self) -> AbstractContextManager[dict[str, Any]]:
+        """The node's leases, by parameter; taken here, so only when its body runs."""
+        if not self.node.spec.uses:
+            return nullcontext({})
+        registry, wanted, heartbeat = self._wanted()
+        return registry.lease(wanted, heartbeat=heartbeat, where=f"node {self.node.spec.name!r}")
+
+    def _aleases(self) -> AbstractAsyncContextManager[dict[str, Any]]:
+        """Like ``_leases``, without blocking the event loop."""
+        if not self.node.spec.uses:
+            return nullcontext({})
+        registry, wanted, heartbeat = self._wanted()
+        return registry.alease(wanted, heartbeat=heartbeat, where=f"node {self.node.spec.name!r}")
+
+    def _wanted(self) -> tuple[Registry, dict[str, Hashable | Want], Callable[[], None]]:
+        spec = self.node.spec
+        conf = self.config.get("configurable") or {}
+        binding: Binding | None = conf.get(BINDING)
+        names = ", ".join(repr(use.name) for use in spec.uses.values())
+        if binding is None or binding.resources is None:
+            raise ConfigurationError(
+                f"node {spec.name!r} asks for {names}, but neither its graph nor a parent graph "
+                "was compiled with resources="
+            )
+        try:
+            wanted: dict[str, Hashable | Want] = {
+                parameter: use.want(self.input) for parameter, use in spec.uses.items()
+            }
+            for use in spec.uses.values():
+                binding.resources.check(use, sync=False)
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"node {spec.name!r}: {exc}") from None
+        heartbeat = getattr(conf.get(CONFIG_KEY_RUNTIME), "heartbeat", _no_heartbeat)
+        return binding.resources, wanted, heartbeat
 
     @contextmanager
     def _entered(self) -> Iterator[RunnableConfig]:
@@ -274,7 +318,8 @@ class Attempt:
         return ran.value
 
     def _refuse(self, value: Any) -> str | None:
-        when = self.node.spec.policy.when
+        policy = self.node.spec.policy
+        when = policy.when if policy is not None else None
         if when is None:
             return None
         try:

@@ -16,6 +16,7 @@ from langchain_core.runnables.config import var_child_runnable_config
 
 from langgraph_perf._backend import Backend
 from langgraph_perf.policy import CacheControl
+from langgraph_perf.resources import Registry
 from langgraph_perf.stats import ItemCounters
 
 BINDING = "__pregel_langgraph_perf"
@@ -57,6 +58,7 @@ class Binding:
     Attributes:
         backend: where results are kept; ``None`` where nothing may be.
         items: counters for ``get_cache``, of the outermost graph.
+        resources: what nodes can lease; ``None`` where there is nothing.
         control: what the caller asks of the cache.
         configurable: the user's own part of ``configurable``.
         run_id: names the outermost run; random.
@@ -70,6 +72,7 @@ class Binding:
         "control",
         "items",
         "raw_control",
+        "resources",
         "run_id",
     )
 
@@ -77,6 +80,7 @@ class Binding:
         self,
         backend: Backend | None,
         items: ItemCounters,
+        resources: Registry | None,
         control: CacheControl,
         raw_control: Any,
         configurable: Mapping[str, Any],
@@ -85,6 +89,7 @@ class Binding:
     ) -> None:
         self.backend = backend
         self.items = items
+        self.resources = resources
         self.control = control
         self.raw_control = raw_control
         self.configurable = configurable
@@ -107,6 +112,7 @@ def ambient() -> Mapping[str, Any]:
 def make_binding(
     backend: Backend | None,
     items: ItemCounters,
+    resources: Registry | None,
     parent: Binding | None,
     configurable: Mapping[str, Any],
     *,
@@ -117,6 +123,7 @@ def make_binding(
     Args:
         backend: the graph's own; a graph without one uses its parent's.
         items: the graph's own counters for ``get_cache``; within a parent, the parent's count.
+        resources: the graph's own; they come before those of its parent.
         parent: the binding of the run that this one is part of.
         configurable: what the run's nodes will see.
         blocking: whether the caller's thread waits for the run.
@@ -132,7 +139,13 @@ def make_binding(
         control = parent.control if raw is parent.raw_control else CacheControl.of(raw)
         run_id, items, backend = parent.run_id, parent.items, backend or parent.backend
         blocked = blocked or parent.blocked_loop
-    return Binding(backend, items, control, raw, users_part(configurable), run_id, blocked)
+        if resources is None:
+            resources = parent.resources
+        elif parent.resources is not None:
+            resources = Registry({**parent.resources, **resources})
+    return Binding(
+        backend, items, resources, control, raw, users_part(configurable), run_id, blocked
+    )
 
 
 def users_part(configurable: Mapping[str, Any]) -> dict[str, Any]:

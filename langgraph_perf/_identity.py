@@ -13,6 +13,7 @@ from langgraph_perf.caches.base import tag_id
 from langgraph_perf.codec import Allowlist
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.policy import CachePolicy, Scope, template_fields
+from langgraph_perf.resources import Use
 from langgraph_perf.stats import NodeCounters
 
 logger = logging.getLogger("langgraph_perf")
@@ -36,28 +37,33 @@ class NodeSpec:
     Args:
         graph: the compiled graph's name.
         name: the node's name.
-        policy: its policy.
-        code: the fingerprint of its code or the policy's ``version``; ``None`` if it has none,
-            and then it always runs uncached.
+        policy: its policy; ``None``: it is never cached.
+        uses: what it leases, by parameter.
         allowed: the types its results may be made of.
+
+    Attributes:
+        code: the fingerprint of its code or the policy's ``version``; ``None`` if it has none,
+            and then it runs uncached.
         has_subgraph: whether the node contains a graph that may be resumed inside it.
+        native_async: whether its body runs on the event loop, when there is one.
     """
 
     def __init__(
         self,
         graph: str,
         name: str,
-        policy: CachePolicy,
-        code: str | None,
+        policy: CachePolicy | None,
+        uses: Mapping[str, Use],
         allowed: Allowlist,
-        has_subgraph: bool,
     ) -> None:
         self.graph = graph
         self.name = name
         self.policy = policy
-        self.code = code
+        self.uses = uses
         self.allowed = allowed
-        self.has_subgraph = has_subgraph
+        self.code: str | None = None
+        self.has_subgraph = False
+        self.native_async = False
         self.namespace = (NAMESPACE, graph, name)
         self.counters = NodeCounters()
         self._warned: set[str] = set()
@@ -81,6 +87,7 @@ def call_key(
     binding: Binding,
 ) -> str:
     policy = spec.policy
+    assert policy is not None
     parts: list[tuple[str, Any]] = [("node", (*spec.namespace, spec.code))]
     if policy.key is None:
         parts.append(("state", state))
@@ -103,6 +110,10 @@ def call_key(
             for step in path:
                 value = _field(value, step)
             parts.append((name, () if value is _MISSING else (value,)))
+    keyed = {name: use.want(state).key for name, use in spec.uses.items() if use.key is not None}
+    if keyed:
+        # which model answers is part of the question, whatever ``key`` says
+        parts.append(("resources", keyed))
     if scope == "thread":
         thread = conf.get("thread_id")
         if thread is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Generic, cast
 
@@ -11,24 +11,24 @@ from langgraph._internal._runnable import RunnableSeq
 from langgraph.cache.base import BaseCache
 from langgraph.graph import StateGraph as LangGraphStateGraph
 from langgraph.graph.state import CompiledStateGraph
+from langgraph.pregel._utils import _runnable_has_native_async
 from langgraph.store.base import BaseStore
 from langgraph.types import All, Checkpointer, RetryPolicy, TimeoutPolicy
 from langgraph.types import CachePolicy as LangGraphCachePolicy
 from langgraph.typing import ContextT, InputT, OutputT, StateT
 from typing_extensions import Self
 
-from langgraph_perf._backend import Backend
-from langgraph_perf._binding import BINDING, CONTROL, Binding, ambient, make_binding
-from langgraph_perf._identity import NAMESPACE, NodeSpec
-from langgraph_perf.caches.base import Cache
-from langgraph_perf.caches.foreign import ForeignCache
+from langgraph_perf._binding import BINDING, Binding, ambient, make_binding
+from langgraph_perf._identity import NodeSpec
 from langgraph_perf.codec import Allowlist, types_in
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.fingerprint import fingerprint
 from langgraph_perf.keys import Unkeyable
+from langgraph_perf.leases import parse_resources
 from langgraph_perf.node import CachedNode, CachedSeq
-from langgraph_perf.policy import CacheControl, CachePolicy
-from langgraph_perf.stats import ItemCounters, NodeStats, Stats
+from langgraph_perf.perf import Perf
+from langgraph_perf.policy import CachePolicy
+from langgraph_perf.resources import Registry, Resource, Use
 
 
 class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
@@ -38,6 +38,12 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
     library or of LangGraph, whose ``key_func`` and ``ttl`` are kept. A graph without policies runs
     exactly as LangGraph's own does.
     """
+
+    @property
+    def _uses(self) -> dict[str, Mapping[str, Use]]:
+        # no __init__ of our own: a type checker infers the graph's types from LangGraph's
+        uses: dict[str, Mapping[str, Use]] = self.__dict__.setdefault("_resource_uses", {})
+        return uses
 
     def add_node(
         self,
@@ -52,14 +58,20 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         error_handler: Any | None = None,
         destinations: dict[str, str] | tuple[str, ...] | None = None,
         timeout: float | timedelta | TimeoutPolicy | None = None,
+        resources: Sequence[str] | Mapping[str, str | Use] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Like LangGraph's ``add_node``; the policy is checked here, against the node's input.
+        """Like LangGraph's ``add_node``; what is declared is checked here, against the node.
+
+        Args:
+            resources: what the node leases while its body runs: names, each of which is a parameter
+                of the node as well, or parameters with the names of resources or with ``Use``.
 
         Raises:
-            ConfigurationError: ``cache_policy`` is not a policy, or names a field that the node's
-                input does not have.
+            ConfigurationError: ``cache_policy`` is not a policy, ``resources`` asks for parameters
+                the node does not have, or either names a field that its input does not have.
         """
+        uses = parse_resources(node, action, resources)
         before = set(self.nodes)
         given: dict[str, Any] = {
             "defer": defer,
@@ -74,8 +86,12 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         }
         super().add_node(node, cast(Any, action), **given)
         for name in set(self.nodes) - before:
-            if self.nodes[name].cache_policy is not None:
-                self._check_policy(name, cast(Any, self.nodes[name].cache_policy))
+            spec = self.nodes[name]
+            if spec.cache_policy is not None:
+                self._check_policy(name, cast(Any, spec.cache_policy))
+            if uses and not spec.is_error_handler:
+                self._check_uses(name, uses)
+                self._uses[name] = uses
         return self
 
     def set_node_defaults(
@@ -111,14 +127,17 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         interrupt_after: All | list[str] | None = None,
         debug: bool = False,
         name: str | None = None,
+        resources: Mapping[str, Resource[Any]] | None = None,
         **kwargs: Any,
     ) -> CompiledGraph[StateT, ContextT, InputT, OutputT]:
         """Like LangGraph's ``compile``; ``cache`` is any LangGraph ``BaseCache``, ours or not.
 
-        Without ``cache`` the nodes' policies use the cache of the parent graph, if there is one.
+        Without ``cache`` the nodes' policies use the cache of the parent graph, if there is one,
+        and likewise for ``resources``: ``Pool``, ``Shared``, ``Keyed`` or ``FromContext`` by name.
 
         Raises:
-            ConfigurationError: ``cache`` is no cache, or lacks what a policy asks of it.
+            ConfigurationError: ``cache`` is no cache, or lacks what a policy asks of it;
+                ``resources`` lacks what a node asks for, or has it in a form it cannot use.
         """
         if cache is not None and not isinstance(cache, BaseCache):
             raise ConfigurationError(
@@ -139,32 +158,27 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         # methods: the instance, which edges and branches already refer to, stays the same
         compiled.__class__ = CompiledGraph
         graph = cast("CompiledGraph[StateT, ContextT, InputT, OutputT]", compiled)
-        graph._perf = Perf(graph, cache)
+        graph._perf = Perf(graph, cache, None if resources is None else Registry(resources))
         self._wrap_nodes(graph)
         graph._perf.check_tags()
+        graph._perf.check_resources()
         return graph
 
     def _wrap_nodes(self, graph: CompiledGraph[Any, Any, Any, Any]) -> None:
         allowed: Allowlist | None = None
         for name, node in graph.nodes.items():
-            if node.cache_policy is None:
+            uses = self._uses.get(name, {})
+            if node.cache_policy is None and not uses:
                 continue
-            policy = CachePolicy.of(node.cache_policy)
-            self._check_policy(name, policy)
+            policy = None if node.cache_policy is None else CachePolicy.of(node.cache_policy)
             if allowed is None:
                 allowed = self._types()
-            spec = NodeSpec(
-                graph.name, name, policy, None, allowed, has_subgraph=bool(node.subgraphs)
-            )
-            if policy.version is not None:
-                spec.code = f"version:{policy.version!r}"
-            else:
-                try:
-                    spec.code = fingerprint(node.bound)
-                except Unkeyable as exc:
-                    spec.warn(
-                        f"runs uncached: {exc}; CachePolicy(version=...) can stand for its code"
-                    )
+            spec = NodeSpec(graph.name, name, policy, uses, allowed)
+            spec.has_subgraph = bool(node.subgraphs)
+            spec.native_async = _runnable_has_native_async(node.bound)
+            if policy is not None:
+                self._check_policy(name, policy)
+                spec.code = self._code_of(node.bound, policy, spec)
             node.cache_policy = None  # LangGraph must not cache it once more
             # What a task runs is ``node.node``, which LangGraph derives once from the bound
             # runnable and the writers. Replacing only that leaves ``bound`` as it is, and with it
@@ -173,6 +187,25 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
             cached = CachedNode(node.bound, spec)
             node.__dict__["node"] = CachedSeq(derived, cached, node.flat_writers)
             graph._perf.specs[name] = spec
+
+    @staticmethod
+    def _code_of(bound: Any, policy: CachePolicy, spec: NodeSpec) -> str | None:
+        if policy.version is not None:
+            return f"version:{policy.version!r}"
+        try:
+            return fingerprint(bound)
+        except Unkeyable as exc:
+            spec.warn(f"runs uncached: {exc}; CachePolicy(version=...) can stand for its code")
+            return None
+
+    def _check_uses(self, name: str, uses: Mapping[str, Use]) -> None:
+        known = list(self.schemas[self.nodes[name].input_schema])
+        for use in uses.values():
+            if isinstance(use.key, str) and use.key not in known and "__root__" not in known:
+                raise ConfigurationError(
+                    f"node {name!r}, Use({use.name!r}, key={use.key!r}): its input has no such "
+                    f"field; accepted: {', '.join(sorted(known))}, or a function of the input"
+                )
 
     def _check_policy(self, name: str, policy: CachePolicy) -> None:
         known = list(self.schemas[self.nodes[name].input_schema])
@@ -240,17 +273,18 @@ class CompiledGraph(
         own = (self.config or {}).get("configurable") or {}
         given = (config or {}).get("configurable") or {}
         parent: Binding | None = given.get(BINDING) or around.get(BINDING)
-        if self._perf.backend is None and parent is None and not self._perf.specs:
+        perf = self._perf
+        if perf.backend is None and parent is None and not perf.specs and perf.registry is None:
             return config
         merged = {**around, **own, **given}
         if not merged and self.checkpointer:
             # LangGraph's error for a forgotten thread_id looks for an empty configurable
             return config
         binding = make_binding(
-            self._perf.backend, self._perf.items, parent, merged, blocking=blocking
+            perf.backend, perf.items, perf.registry, parent, merged, blocking=blocking
         )
         if parent is None and binding.control.nodes:
-            self._perf.check_control(binding.control)
+            perf.check_control(binding.control)
         return {**(config or {}), "configurable": {**given, BINDING: binding}}
 
     def clear_cache(self, nodes: Sequence[str] | None = None) -> None:
@@ -269,74 +303,3 @@ class CompiledGraph(
 # Drawings and traces name a graph's class; what knows LangGraph's knows this one as well.
 CompiledGraph.__module__ = CompiledStateGraph.__module__
 CompiledGraph.__name__ = CompiledGraph.__qualname__ = CompiledStateGraph.__name__
-
-
-class Perf:
-    """``graph.perf``: what the cache does for one compiled graph."""
-
-    def __init__(
-        self, graph: CompiledGraph[Any, Any, Any, Any], cache: BaseCache[Any] | None
-    ) -> None:
-        self._graph = graph
-        self.specs: dict[str, NodeSpec] = {}
-        self.items = ItemCounters()
-        self.backend: Backend | None = None
-        if cache is not None:
-            own = cache if isinstance(cache, Cache) else ForeignCache.of(cache)
-            self.backend = Backend.of(own)
-
-    def stats(self) -> Stats:
-        """A snapshot of what the cache did for each node since the graph was compiled."""
-        nodes: dict[str, NodeStats] = {}
-        for prefix, graph in self._graphs():
-            for name, spec in graph.perf.specs.items():
-                nodes[f"{prefix}{name}"] = spec.counters.snapshot()
-        backend = self.backend
-        return Stats(
-            nodes=nodes,
-            items=self.items.snapshot(),
-            failures=backend.failures if backend else {},
-            cache=backend.cache.stats() if backend else None,
-        )
-
-    def _graphs(self) -> Iterator[tuple[str, CompiledGraph[Any, Any, Any, Any]]]:
-        yield "", self._graph
-        for path, graph in self._graph.get_subgraphs(recurse=True):
-            if isinstance(graph, CompiledGraph):
-                yield f"{path}|", graph
-
-    def check_tags(self) -> None:
-        """Refuse policies with tags over a cache that cannot invalidate."""
-        if self.backend is None or self.backend.cache.supports_tags:
-            return
-        for prefix, graph in self._graphs():
-            if prefix and graph.perf.backend is not None:
-                continue  # it has a cache of its own
-            for name, spec in graph.perf.specs.items():
-                if spec.policy.tags:
-                    raise ConfigurationError(
-                        f"node {prefix + name!r}, CachePolicy.tags: "
-                        f"{type(self._graph.cache).__name__} cannot invalidate by tag; accepted: "
-                        "no tags, or compile(cache=) with MemoryCache, DiskCache or TieredCache"
-                    )
-
-    def check_control(self, control: CacheControl) -> None:
-        """Refuse a ``cache_control`` for nodes that do not exist."""
-        known = {name for _, graph in self._graphs() for name in graph.nodes}
-        for name in control.nodes:
-            if name not in known:
-                raise ConfigurationError(
-                    f"{CONTROL}.nodes: unknown node {name!r}; accepted: "
-                    f"{', '.join(sorted(known - {'__start__'}))}"
-                )
-
-    def required_cache(self) -> Cache:
-        """The graph's own cache."""
-        if self.backend is None:
-            raise ValueError("No cache is set for this graph. Cannot clear cache.")
-        return self.backend.cache
-
-    def namespaces(self, nodes: Sequence[str] | None) -> list[tuple[str, ...]]:
-        """Where the results of ``nodes`` are kept."""
-        names = self._graph.nodes if nodes is None else nodes
-        return [(NAMESPACE, self._graph.name, name) for name in names]

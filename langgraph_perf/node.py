@@ -11,7 +11,6 @@ from langchain_core.runnables.config import ensure_config
 
 # private names of LangGraph, each with a test in tests/test_langgraph_internals.py
 from langgraph._internal._runnable import RunnableSeq
-from langgraph.pregel._utils import _runnable_has_native_async
 
 from langgraph_perf._attempt import Attempt
 from langgraph_perf._drive import adrive, adrive_stream, drive, drive_stream
@@ -29,7 +28,6 @@ class CachedNode(Runnable[Any, Any]):
         self.steps: Sequence[Runnable[Any, Any]] = (
             bound.steps if isinstance(bound, RunnableSequence | RunnableSeq) else [bound]
         )
-        self.uses_executor = not _runnable_has_native_async(bound)
 
     # -- running ----------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from langgraph_perf.caches.base import CacheStats
+from langgraph_perf.resources import ResourceStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,14 @@ class Stats:
         items: by namespace, what ``get_cache(namespace)`` did inside the nodes.
         failures: failed cache operations by kind; none of them reached the graph.
         cache: what the graph's own cache reports; ``None`` without one.
+        resources: by name, what the graph's own resources report.
     """
 
     nodes: Mapping[str, NodeStats] = field(default_factory=dict)
     items: Mapping[str, NodeStats] = field(default_factory=dict)
     failures: Mapping[str, int] = field(default_factory=dict)
     cache: CacheStats | None = None
+    resources: Mapping[str, ResourceStats] = field(default_factory=dict)
 
 
 class NodeCounters:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import pytest
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.prompts import ChatPromptTemplate
@@ -156,6 +157,32 @@ async def test_events() -> None:
         return [(e["event"], e["name"], sorted(e["tags"]), len(e["parent_ids"])) for e in events]
 
     await asame(scenario)
+
+
+def test_callbacks() -> None:
+    """What a sync callback handler is told: every run's start, with its name, tags and parent."""
+
+    class Recorder(BaseCallbackHandler):
+        run_inline = True
+
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+            self.names: dict[Any, str] = {}
+
+        def on_chain_start(self, serialized: Any, inputs: Any, **kwargs: Any) -> None:
+            self.names[kwargs["run_id"]] = kwargs["name"]
+            parent = self.names.get(kwargs.get("parent_run_id"))
+            self.seen.append((kwargs["name"], sorted(kwargs.get("tags") or ()), parent))
+
+        def on_chain_end(self, outputs: Any, **kwargs: Any) -> None:
+            self.seen.append(("end", self.names[kwargs["run_id"]]))
+
+    def scenario(twin: Twin) -> Any:
+        recorder = Recorder()
+        everything(twin).invoke(INPUT, {**twin.config(), "callbacks": [recorder]})
+        return recorder.seen
+
+    same(scenario)
 
 
 def test_state_history_and_subgraph_state() -> None:

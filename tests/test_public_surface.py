@@ -16,11 +16,23 @@ def test_the_exports() -> None:
         "CachePolicy",
         "ConfigurationError",
         "DiskCache",
+        "FromContext",
+        "Keyed",
         "LangGraphPerfError",
+        "LeaseError",
         "MemoryCache",
+        "Pool",
+        "PoolClosed",
+        "PoolTimeout",
+        "ResourceError",
+        "Shared",
         "StateGraph",
         "TieredCache",
+        "TooManyWaiting",
+        "Use",
+        "alease",
         "get_cache",
+        "lease",
     ]
     for name in langgraph_perf.__all__:
         assert getattr(langgraph_perf, name).__doc__

@@ -1,0 +1,158 @@
+"""``graph.perf``: what the cache and the resources do for one compiled graph."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from langgraph.cache.base import BaseCache
+
+from langgraph_perf._backend import Backend
+from langgraph_perf._binding import CONTROL
+from langgraph_perf._identity import NAMESPACE, NodeSpec
+from langgraph_perf.caches.base import Cache
+from langgraph_perf.caches.foreign import ForeignCache
+from langgraph_perf.errors import ConfigurationError
+from langgraph_perf.policy import CacheControl
+from langgraph_perf.resources import Registry, Resource, Shared
+from langgraph_perf.stats import ItemCounters, NodeStats, Stats
+
+if TYPE_CHECKING:
+    from langgraph_perf.graph import CompiledGraph
+
+
+class Perf:
+    """``graph.perf``: what the cache does for one compiled graph."""
+
+    def __init__(
+        self,
+        graph: CompiledGraph[Any, Any, Any, Any],
+        cache: BaseCache[Any] | None,
+        registry: Registry | None,
+    ) -> None:
+        self._graph = graph
+        self._overriding = threading.Lock()
+        self.registry = registry
+        self.specs: dict[str, NodeSpec] = {}
+        self.items = ItemCounters()
+        self.backend: Backend | None = None
+        if cache is not None:
+            own = cache if isinstance(cache, Cache) else ForeignCache.of(cache)
+            self.backend = Backend.of(own)
+
+    def stats(self) -> Stats:
+        """A snapshot of what the cache did for each node since the graph was compiled."""
+        nodes: dict[str, NodeStats] = {}
+        for prefix, graph in self._graphs():
+            for name, spec in graph.perf.specs.items():
+                nodes[f"{prefix}{name}"] = spec.counters.snapshot()
+        backend = self.backend
+        return Stats(
+            nodes=nodes,
+            items=self.items.snapshot(),
+            failures=backend.failures if backend else {},
+            cache=backend.cache.stats() if backend else None,
+            resources=self.registry.stats() if self.registry else {},
+        )
+
+    @contextmanager
+    def override(self, **resources: Any) -> Iterator[None]:
+        """Replace resources, in tests: runs that start inside the ``with`` block use these.
+
+        Args:
+            resources: by name, resources or any other objects, which are then leased as they are.
+
+        Raises:
+            ConfigurationError: the graph has no resource of that name.
+        """
+        with self._overriding:
+            before = self.registry
+            known = before if before is not None else Registry()
+            for name in resources:
+                known.find(name)
+            made = {
+                name: value if isinstance(value, Resource) else Shared(partial(_same, value))
+                for name, value in resources.items()
+            }
+            self.registry = Registry({**known, **made})
+        try:
+            yield
+        finally:
+            with self._overriding:
+                self.registry = before
+
+    def close(self) -> None:
+        """Close the graph's resources: what is idle now, what is leased when it comes back.
+
+        The cache, which other graphs may share, is its maker's to close.
+        """
+        if self.registry is not None:
+            self.registry.close()
+
+    async def aclose(self) -> None:
+        """Like ``close``, without blocking the event loop."""
+        if self.registry is not None:
+            await self.registry.aclose()
+
+    def _graphs(self) -> Iterator[tuple[str, CompiledGraph[Any, Any, Any, Any]]]:
+        yield "", self._graph
+        for path, graph in self._graph.get_subgraphs(recurse=True):
+            if isinstance(graph, type(self._graph)):
+                yield f"{path}|", graph
+
+    def check_tags(self) -> None:
+        """Refuse policies with tags over a cache that cannot invalidate."""
+        if self.backend is None or self.backend.cache.supports_tags:
+            return
+        for prefix, graph in self._graphs():
+            if prefix and graph.perf.backend is not None:
+                continue  # it has a cache of its own
+            for name, spec in graph.perf.specs.items():
+                if spec.policy is not None and spec.policy.tags:
+                    raise ConfigurationError(
+                        f"node {prefix + name!r}, CachePolicy.tags: "
+                        f"{type(self._graph.cache).__name__} cannot invalidate by tag; accepted: "
+                        "no tags, or compile(cache=) with MemoryCache, DiskCache or TieredCache"
+                    )
+
+    def check_resources(self) -> None:
+        """Refuse nodes that ask for what the graph's resources cannot give."""
+        if self.registry is None:
+            return  # a parent graph may have them
+        for prefix, graph in self._graphs():
+            if prefix and graph.perf.registry is not None:
+                continue
+            for name, spec in graph.perf.specs.items():
+                for use in spec.uses.values():
+                    try:
+                        self.registry.check(use, sync=not spec.native_async)
+                    except ConfigurationError as exc:
+                        raise ConfigurationError(f"node {prefix + name!r}: {exc}") from None
+
+    def check_control(self, control: CacheControl) -> None:
+        """Refuse a ``cache_control`` for nodes that do not exist."""
+        known = {name for _, graph in self._graphs() for name in graph.nodes}
+        for name in control.nodes:
+            if name not in known:
+                raise ConfigurationError(
+                    f"{CONTROL}.nodes: unknown node {name!r}; accepted: "
+                    f"{', '.join(sorted(known - {'__start__'}))}"
+                )
+
+    def required_cache(self) -> Cache:
+        """The graph's own cache."""
+        if self.backend is None:
+            raise ValueError("No cache is set for this graph. Cannot clear cache.")
+        return self.backend.cache
+
+    def namespaces(self, nodes: Sequence[str] | None) -> list[tuple[str, ...]]:
+        """Where the results of ``nodes`` are kept."""
+        names = self._graph.nodes if nodes is None else nodes
+        return [(NAMESPACE, self._graph.name, name) for name in names]
+
+
+def _same(value: Any) -> Any:
+    return value

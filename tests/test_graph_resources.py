@@ -1,0 +1,473 @@
+"""Resources in a graph: declared with the node, leased only while its body runs."""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from typing import Annotated, Any
+
+import pytest
+from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.errors import NodeError
+from langgraph.graph import START
+from langgraph.runtime import Runtime
+from langgraph.types import Command, RetryPolicy, Send, interrupt
+from typing_extensions import TypedDict
+
+from langgraph_perf import (
+    CachePolicy,
+    ConfigurationError,
+    FromContext,
+    Keyed,
+    MemoryCache,
+    Pool,
+    PoolClosed,
+    Shared,
+    StateGraph,
+    Use,
+    alease,
+    lease,
+)
+from langgraph_perf.resources import Resource
+
+
+class State(TypedDict, total=False):
+    query: str
+    model_type: str
+    answer: Any
+    path: Annotated[list[str], operator.add]
+
+
+class Connection:
+    """Something worth leasing."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def build(node: Any, resources: Any, given: Any = None, *, cache: Any = None, **kwargs: Any) -> Any:
+    builder = StateGraph(State)
+    builder.add_node("node", node, resources=resources, **kwargs)
+    return builder.add_edge(START, "node").compile(resources=given, cache=cache)
+
+
+def idle(graph: Any) -> None:
+    """Whatever happened, everything came back."""
+    for name, stats in graph.perf.stats().resources.items():
+        assert stats.in_use == 0, name
+        assert stats.waiting == 0, name
+
+
+def test_a_resource_is_put_into_its_parameter() -> None:
+    """By its own name or another one, beside what LangGraph injects."""
+
+    def node(
+        state: State, db: Connection, *, runtime: Runtime[Any], config: RunnableConfig, other: Any
+    ) -> State:
+        assert runtime.execution_info is not None
+        assert "configurable" in config
+        return {"answer": (type(db).__name__, other)}
+
+    pools = {"db": Pool(Connection), "text": Shared(lambda: "shared")}
+    graph = build(node, {"db": "db", "other": "text"}, pools)
+    for _ in range(3):
+        assert graph.invoke({"query": "q"})["answer"] == ("Connection", "shared")
+    assert graph.perf.stats().resources["db"].loads == 1
+    idle(graph)
+    graph.perf.close()
+    with pytest.raises(PoolClosed):
+        graph.invoke({"query": "q"})
+
+
+@pytest.mark.parametrize("kind", ["method", "object", "partial", "lambda"])
+async def test_every_callable_can_lease(kind: str) -> None:
+    """Methods, callable objects, partials and lambdas, sync and async."""
+
+    class Node:
+        def method(self, state: State, db: Any) -> State:
+            return {"answer": type(db).__name__}
+
+        def __call__(self, state: State, db: Any) -> State:
+            return {"answer": type(db).__name__}
+
+    def with_more(state: State, more: int, db: Any) -> State:
+        return {"answer": type(db).__name__}
+
+    node = {
+        "method": Node().method,
+        "object": Node(),
+        "partial": partial(with_more, more=1),
+        "lambda": lambda state, db: {"answer": type(db).__name__},
+    }[kind]
+    graph = build(node, ["db"], {"db": Pool(Connection)})
+    assert graph.invoke({})["answer"] == "Connection"
+    assert (await graph.ainvoke({}))["answer"] == "Connection"
+    idle(graph)
+
+
+async def test_async_resources() -> None:
+    """Async nodes lease from async factories and async context managers."""
+    events: list[str] = []
+
+    @asynccontextmanager
+    async def connect() -> AsyncIterator[str]:
+        events.append("open")
+        yield "connection"
+        events.append("close")
+
+    async def create() -> Connection:
+        return Connection()
+
+    async def node(state: State, db: str, pooled: Connection) -> State:
+        events.append("run")
+        return {"answer": (db, type(pooled).__name__)}
+
+    graph = build(node, ["db", "pooled"], {"db": FromContext(connect), "pooled": Pool(create)})
+    assert (await graph.ainvoke({}))["answer"] == ("connection", "Connection")
+    assert events == ["open", "run", "close"]
+    idle(graph)
+    await graph.perf.aclose()
+
+
+def test_a_hit_leases_and_loads_nothing() -> None:
+    """On a cache hit the resource is not touched at all."""
+    pool = Pool(Connection)
+    graph = build(
+        lambda state, db: {"answer": 1},
+        ["db"],
+        {"db": pool},
+        cache=MemoryCache(),
+        cache_policy=CachePolicy(),
+    )
+    graph.invoke({"query": "q"})
+    leases = pool.stats().leases
+    graph.invoke({"query": "q"})
+    assert pool.stats().leases == leases == 1
+
+
+def test_followers_of_a_run_lease_nothing() -> None:
+    """Equal calls that wait for one run do not hold what it may need."""
+    pool = Pool(Connection, max_size=1)
+    builder = StateGraph(State)
+    builder.add_node(
+        "node", lambda state, db: {"path": ["x"]}, resources=["db"], cache_policy=CachePolicy()
+    )
+    builder.add_conditional_edges(
+        START, lambda state: [Send("node", {"query": "q"}) for _ in range(8)], ["node"]
+    )
+    graph = builder.compile(cache=MemoryCache(), resources={"db": pool})
+    assert graph.invoke({"path": []})["path"] == ["x"] * 8
+    assert pool.stats().leases == 1
+
+
+def test_the_chosen_model_is_part_of_the_key() -> None:
+    """A keyed resource's key is in the cache key, whatever the policy's key says."""
+    models = Keyed(lambda name: f"model {name}", max_size=2)
+    graph = build(
+        lambda state, model: {"answer": model},
+        {"model": Use("models", key="model_type")},
+        {"models": models},
+        cache=MemoryCache(),
+        cache_policy=CachePolicy(key=["query"]),
+    )
+    for name in ("small", "large", "small"):
+        assert graph.invoke({"query": "q", "model_type": name})["answer"] == f"model {name}"
+    assert graph.perf.stats().nodes["node"].runs == 2
+
+
+def test_keys_from_fields_and_functions() -> None:
+    """``Use`` takes the key from a field of the input or from a function of it."""
+    models = {"models": Keyed(lambda name: f"model {name}", max_size=2)}
+    for key in ("model_type", lambda state: state["model_type"]):
+        graph = build(
+            lambda state, model: {"answer": model}, {"model": Use("models", key=key)}, models
+        )
+        assert graph.invoke({"model_type": "small"})["answer"] == "model small"
+
+
+def _fails(state: State, db: Any) -> State:
+    raise ValueError("broken")
+
+
+def test_leases_come_back_after_errors_interrupts_and_retries() -> None:
+    """One lease for each attempt, given back whatever the attempt ends in."""
+    pool = Pool(Connection, max_size=1, timeout=5)
+    attempts: list[int] = []
+
+    def node(state: State, db: Any) -> State:
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise ConnectionError
+        return {"answer": interrupt("?")}
+
+    builder = StateGraph(State)
+    builder.add_node(
+        "node",
+        node,
+        resources=["db"],
+        retry_policy=RetryPolicy(initial_interval=0.001, jitter=False),
+    )
+    graph = builder.add_edge(START, "node").compile(
+        resources={"db": pool}, checkpointer=InMemorySaver()
+    )
+    config: Any = {"configurable": {"thread_id": "t"}}
+    graph.invoke({}, config)
+    assert pool.stats().leases == 3
+    idle(graph)
+    assert graph.invoke(Command(resume="yes"), config)["answer"] == "yes"
+    idle(graph)
+
+
+def test_leases_come_back_before_the_error_handler() -> None:
+    """A handler may lease what the failed node held."""
+    pool = Pool(Connection, max_size=1, timeout=5)
+
+    def handler(state: State, error: NodeError) -> State:
+        with lease("db"):
+            return {"answer": "handled"}
+
+    builder = StateGraph(State)
+    builder.add_node("node", _fails, resources=["db"], error_handler=handler)
+    graph = builder.add_edge(START, "node").compile(resources={"db": pool})
+    assert graph.invoke({})["answer"] == "handled"
+    idle(graph)
+
+
+async def test_leases_come_back_after_timeouts_and_cancellation() -> None:
+    """An attempt that LangGraph or the caller cancels gives its lease back."""
+    pool = Pool(Connection, max_size=1, timeout=5)
+    started = asyncio.Event()
+
+    async def node(state: State, db: Any) -> State:
+        started.set()
+        await asyncio.sleep(60)
+        return {}
+
+    graph = build(node, ["db"], {"db": pool}, timeout=0.05)
+    with pytest.raises(Exception, match="timeout"):
+        await graph.ainvoke({})
+    idle(graph)
+    started.clear()
+    graph = build(node, ["db"], {"db": pool})
+    task = asyncio.create_task(graph.ainvoke({}))
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    idle(graph)
+
+
+async def test_a_wide_fan_out_is_served_completely() -> None:
+    """Five hundred tasks over two resources: all are served, none gets ``None``."""
+    pool = Pool(Connection, max_size=2)
+
+    async def node(state: State, db: Connection) -> State:
+        await asyncio.sleep(0)
+        return {"path": [type(db).__name__]}
+
+    builder = StateGraph(State).add_node("node", node, resources=["db"])
+    builder.add_conditional_edges(
+        START, lambda state: [Send("node", {"query": str(i)}) for i in range(500)], ["node"]
+    )
+    graph = builder.compile(resources={"db": pool})
+    assert (await graph.ainvoke({"path": []}))["path"] == ["Connection"] * 500
+    assert pool.stats().loads <= 2
+    idle(graph)
+
+
+def test_leases_inside_a_body() -> None:
+    """``lease`` takes a shorter lease, in functions, Runnables and subgraphs."""
+    with_lease = {"db": Pool(Connection, max_size=1)}
+
+    def node(state: State) -> State:
+        with lease("db") as db:
+            return {"answer": type(db).__name__}
+
+    inner = StateGraph(State).add_node("inner", node).add_edge(START, "inner").compile()
+    for kind in (node, RunnableLambda(node), inner):
+        builder = StateGraph(State).add_node("node", kind).add_edge(START, "node")
+        graph = builder.compile(resources=with_lease)
+        assert graph.invoke({})["answer"] == "Connection"
+        idle(graph)
+
+
+async def test_async_leases_inside_a_body() -> None:
+    """``alease`` does so without blocking."""
+
+    async def node(state: State, config: RunnableConfig) -> State:
+        async with alease("models", "small", config=config) as model:
+            return {"answer": model}
+
+    graph = build(node, None, {"models": Keyed(lambda key: f"model {key}")})
+    assert (await graph.ainvoke({}))["answer"] == "model small"
+    idle(graph)
+
+
+def test_subgraphs_inherit_resources() -> None:
+    """Nodes of subgraphs lease from the root, unless their graph has its own."""
+
+    def node(state: State, db: str) -> State:
+        return {"path": [db]}
+
+    def inner(**kwargs: Any) -> Any:
+        builder = StateGraph(State).add_node("work", node, resources=["db"])
+        return builder.add_edge(START, "work").compile(**kwargs)
+
+    builder = StateGraph(State)
+    builder.add_node("a", inner()).add_node("b", inner(resources={"db": Shared(lambda: "own")}))
+    builder.add_edge(START, "a").add_edge("a", "b")
+    graph = builder.compile(resources={"db": Shared(lambda: "root")})
+    # the second subgraph also hands back what it was given
+    assert graph.invoke({"path": []})["path"] == ["root", "root", "own"]
+
+
+def test_override_replaces_resources_in_tests() -> None:
+    """Inside the block runs use the replacement, a resource or a plain object; then no more."""
+    real = Shared(lambda: "real")
+    graph = build(lambda state, db: {"answer": db}, ["db"], {"db": real})
+    with graph.perf.override(db="fake"):
+        assert graph.invoke({})["answer"] == "fake"
+        with graph.perf.override(db=Shared(lambda: "other")):
+            assert graph.invoke({})["answer"] == "other"
+        assert graph.invoke({})["answer"] == "fake"
+    assert graph.invoke({})["answer"] == "real"
+    with pytest.raises(ConfigurationError, match="dbb"), graph.perf.override(dbb="fake"):
+        pass
+
+
+def test_threads_and_tasks_share_one_sqlite_pool(tmp_path: Any) -> None:
+    """A pool of real connections serves sync and async nodes alike and loses none."""
+
+    def connect() -> sqlite3.Connection:
+        return sqlite3.connect(tmp_path / "db", check_same_thread=False, isolation_level=None)
+
+    pool = Pool(connect, max_size=3, close=sqlite3.Connection.close)
+    table = connect()
+    table.execute("CREATE TABLE seen (n INTEGER)")
+    table.close()
+
+    def node(state: State, db: sqlite3.Connection) -> State:
+        db.execute("INSERT INTO seen VALUES (1)")
+        return {}
+
+    graph = build(node, ["db"], {"db": pool})
+    threads = [threading.Thread(target=graph.invoke, args=({},)) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+
+    async def tasks() -> None:
+        await asyncio.gather(*(graph.ainvoke({}) for _ in range(10)))
+
+    asyncio.run(tasks())
+    for thread in threads:
+        thread.join(20)
+    with pool.lease() as db:
+        assert db.execute("SELECT count(*) FROM seen").fetchone() == (20,)
+    idle(graph)
+    assert pool.stats().loads <= 3
+    graph.perf.close()
+
+
+# -- bad input --------------------------------------------------------------------------------------
+
+
+def _node(state: State, db: Any) -> State:
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("node", "resources", "message"),
+    [
+        (_node, "db", "did you mean ['db']"),
+        (_node, 5, "a list of names"),
+        (_node, [5], "got 5 in it"),
+        (_node, ["dbb"], "no parameter 'dbb'"),
+        (_node, ["state"], "no parameter 'state'"),
+        (_node, {"runtime": "db"}, "LangGraph fills itself"),
+        (_node, {"db": Use("models", key="nope")}, "no such field"),
+        (RunnableLambda(lambda state: state), ["db"], "lease(name)"),
+    ],
+)
+def test_wrong_declarations_fail_in_add_node(node: Any, resources: Any, message: str) -> None:
+    """What cannot work is refused where it is declared, with the node's name and the remedy."""
+    with pytest.raises(ConfigurationError) as caught:
+        StateGraph(State).add_node("node", node, resources=resources)
+    assert "node 'node'" in str(caught.value)
+    assert message in str(caught.value)
+
+
+async def _acreate() -> Connection:
+    return Connection()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"other": Shared(Connection)}, "no resource is called 'db'"),
+        ({"db": Connection()}, "must be a Pool, Shared, Keyed or FromContext"),
+        ({"db": Keyed(lambda key: key)}, "Use('db', key="),
+        ({"db": Pool(_acreate)}, "needs an event loop"),
+    ],
+)
+def test_wrong_resources_fail_at_compile(given: dict[str, Resource[Any]], message: str) -> None:
+    """What a node cannot get is refused when the graph is compiled."""
+    with pytest.raises(ConfigurationError) as caught:
+        build(_node, ["db"], given)
+    assert message in str(caught.value)
+
+
+def test_keys_for_resources_without_keys_are_refused() -> None:
+    """``Use(key=)`` is for ``Keyed`` only."""
+    with pytest.raises(ConfigurationError, match="has no keys"):
+        build(_node, {"db": Use("db", key="query")}, {"db": Shared(Connection)})
+
+
+def test_missing_resources_are_named_at_run_time_where_a_parent_could_have_them() -> None:
+    """A graph compiled without resources may be a subgraph; run by itself it says what it lacks."""
+    graph = build(_node, ["db"])
+    with pytest.raises(ConfigurationError, match=r"node 'node' asks for 'db'.*resources="):
+        graph.invoke({})
+    with pytest.raises(ConfigurationError, match="inside a node"):
+        lease("db")
+
+
+def test_bad_keys_name_the_node() -> None:
+    """An unhashable key and a key function that raises name node, resource and remedy."""
+    models = {"models": Keyed(lambda key: key)}
+
+    def broken(state: State) -> Any:
+        raise RuntimeError("no idea")
+
+    for key, message in ((lambda state: [1], "hashable"), (broken, "no idea")):
+        graph = build(lambda state, model: {}, {"model": Use("models", key=key)}, models)
+        with pytest.raises(ConfigurationError, match=message) as caught:
+            graph.invoke({})
+        assert "node 'node'" in str(caught.value)
+
+
+def test_resources_without_a_policy_leave_results_uncached() -> None:
+    """A node with resources and no policy is plain LangGraph but for the leases."""
+
+    @contextmanager
+    def connect() -> Iterator[str]:
+        yield "db"
+
+    runs: list[int] = []
+
+    def node(state: State, db: str) -> State:
+        runs.append(1)
+        return {"answer": db}
+
+    graph = build(node, ["db"], {"db": FromContext(connect)}, cache=MemoryCache())
+    for _ in range(2):
+        assert graph.invoke({"query": "q"})["answer"] == "db"
+    assert runs == [1, 1]
