@@ -28,7 +28,7 @@ Plan: TypeAlias = Callable[[Any, Any], bytes]
 MAX_DEPTH = 200
 """Containers nested deeper than this are refused; plain JSON-like data may add 254 levels."""
 
-_HEAPTYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made at run time, as a class statement does
+HEAPTYPE = 1 << 9  # Py_TPFLAGSHEAPTYPE: made at run time, as a class statement does
 _WORD = 8
 PACK_OPTIONS = (
     ormsgpack.OPT_SORT_KEYS
@@ -413,7 +413,7 @@ def builtin_plan(kind: type) -> Plan | None:
 
 def _subclass_plan(kind: type, base: type, base_plan: Plan) -> Plan:
     # a C type may keep state that nothing here can see; a class statement adds at most two words
-    if not kind.__flags__ & _HEAPTYPE or kind.__basicsize__ > base.__basicsize__ + 2 * _WORD:
+    if not kind.__flags__ & HEAPTYPE or kind.__basicsize__ > base.__basicsize__ + 2 * _WORD:
         return refuse(kind, "keeps state that cannot be read")
     head = b"c" + text(type_name(kind))
     state_of = instance_state(kind)

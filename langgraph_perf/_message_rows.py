@@ -41,7 +41,7 @@ DIGEST_SIZE = 20
 
 own_of: Callable[[Any], dict[str, Any]] = BaseModel.__dict__["__dict__"].__get__
 extra_of: Callable[[Any], Any] = BaseModel.__dict__["__pydantic_extra__"].__get__
-_private_of: Callable[[Any], Any] = BaseModel.__dict__["__pydantic_private__"].__get__
+private_of: Callable[[Any], Any] = BaseModel.__dict__["__pydantic_private__"].__get__
 
 # all of these are about langchain_core's messages
 _CONTAINERS = ("additional_kwargs", "tool_calls", "invalid_tool_calls", "tool_call_chunks")
@@ -160,7 +160,7 @@ class MessageKind:
             Unkeyable: with the path below the message.
         """
         own = own_of(message)
-        extra, private = extra_of(message), _private_of(message)
+        extra, private = extra_of(message), private_of(message)
         names = self._names
         try:
             fields = (*self.values(own), *self.containers(own)) if len(own) == self.size else None

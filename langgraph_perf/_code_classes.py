@@ -1,0 +1,147 @@
+"""How classes and annotations count in the identity of code."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from langgraph_perf._canonical import Plan, mro_of, namespace_of, text, type_name
+from langgraph_perf._code_walk import Walk, by_type, found_by_name
+
+# what Python, dataclasses, enums and pydantic add to a class; it follows from the rest
+_ADDED = frozenset(
+    """
+    __module__ __qualname__ __doc__ __dict__ __weakref__ __firstlineno__ __static_attributes__
+    __annotations__ __annotate__ __annotate_func__ __annotations_cache__ __abstractmethods__
+    _abc_impl __parameters__ __orig_bases__ __dataclass_fields__ __dataclass_params__
+    __match_args__ __signature__ __class_vars__ __private_attributes__ model_fields
+    model_computed_fields __hash__ __protocol_attrs__ __non_callable_proto_members__
+    __callable_proto_members_only__ __type_params__ __classcell__
+    """.split()  # noqa: SIM905
+)
+_NAMED_TUPLE = frozenset(("__new__", "__repr__", "__getnewargs__", "_make", "_replace", "_asdict"))
+
+
+def class_or_annotation_plan(kind: type) -> Plan | None:
+    """The plan of classes, and of what annotations are made of."""
+    if type in mro_of(kind):
+        return _class
+    return annotation if _is_annotation(kind) else None
+
+
+def _class(walk: Walk, kind: type) -> bytes:
+    """A class: by name if it is a library's, else by what is in it."""
+    if walk.library(kind.__module__) and (found_by_name(kind) or walk.near is not None):
+        return b"N" + text(type_name(kind))
+    return walk.later(kind, _class_body)
+
+
+def _class_body(walk: Walk, kind: type) -> bytes:
+    out = [text(type_name(type(kind)))]
+    out += [_class(walk, base) for base in kind.__bases__]
+    members = dict(_members(kind))
+    for name in sorted(members):
+        member = members[name]
+        if not walk.facts.changes(kind, name, member):
+            out.append(text(name) + _member(walk, member))
+    return b"%d:%b" % (len(members), b"".join(out))
+
+
+def _members(kind: type) -> Iterator[tuple[str, Any]]:
+    """What the class statement put into a class, and its fields."""
+    namespace = namespace_of(kind)
+    is_enum = enum.Enum in mro_of(kind)
+    for name, member in namespace.items():
+        if name in _ADDED or name.startswith("__pydantic_"):
+            continue
+        if "_fields" in namespace and name in _NAMED_TUPLE:
+            continue
+        if "__dataclass_fields__" in namespace and _generated(member):
+            continue
+        if is_enum and not (isinstance(member, types.FunctionType | property) and name[0] != "_"):
+            continue
+        yield name, member
+    if is_enum:
+        for name, member in getattr(kind, "_member_map_", {}).items():
+            yield f"= {name}", member._value_
+    for name, note in namespace.get("__annotations__", {}).items():
+        yield f": {name}", _Note(note)
+    for name, field in namespace.get("__dataclass_fields__", {}).items():
+        yield f"field {name}", (field.default, field.default_factory, field.init, field.kw_only)
+    if BaseModel in mro_of(kind) and kind is not BaseModel:
+        for name, info in getattr(kind, "__pydantic_fields__", {}).items():
+            # models made by create_model have no annotations of their own
+            yield f"field {name}", _Note(info.annotation)
+            yield f"field {name} default", (info.default, info.default_factory)
+            yield f"field {name} more", (info.alias, info.description, info.metadata)
+
+
+def _generated(member: Any) -> bool:
+    """Whether a method was written by ``dataclasses``."""
+    member = getattr(member, "__wrapped__", member)
+    if not isinstance(member, types.FunctionType):
+        return False
+    code = member.__code__
+    where = getattr(code, "co_qualname", None)  # Python 3.10 has none
+    return "__create_fn__" in where if where else code.co_filename == "<string>"
+
+
+def _member(walk: Walk, member: Any) -> bytes:
+    if walk.survey and isinstance(member, types.FunctionType):
+        walk.facts.members.add(member.__code__)
+    if isinstance(member, staticmethod | classmethod):
+        return text(type(member).__name__) + _member(walk, member.__func__)
+    if isinstance(member, property):
+        return b"p" + b"".join(map(walk.or_type, (member.fget, member.fset, member.fdel)))
+    if isinstance(member, functools.cached_property):
+        return b"c" + walk.or_type(member.func)
+    if isinstance(member, tuple):  # each for itself: one part without a key must not hide the rest
+        return b"u%d:%b" % (len(member), b"".join(_member(walk, part) for part in member))
+    if isinstance(member, _Note):
+        return annotation(walk, member.note)
+    if isinstance(member, type(_Note.__dict__["note"]) | types.GetSetDescriptorType):
+        return by_type(member)  # slots
+    return walk.or_type(member)
+
+
+# -- annotations -----------------------------------------------------------------------------------
+
+
+class _Note:
+    """Marks an annotation among the members of a class."""
+
+    __slots__ = ("note",)
+
+    def __init__(self, note: Any) -> None:
+        self.note = note
+
+
+def _is_annotation(kind: type) -> bool:
+    return kind in (types.GenericAlias, types.UnionType) or (
+        kind.__module__ in ("typing", "typing_extensions")
+    )
+
+
+def annotation(walk: Walk, note: Any) -> bytes:
+    """An annotation by its structure; text stays text."""
+    if note is None or isinstance(note, str | bytes | int | enum.Enum):
+        return walk.or_type(note)
+    if type in mro_of(type(note)):
+        return _class(walk, note)
+    if isinstance(note, typing.ForwardRef):
+        return b"f" + text(note.__forward_arg__)
+    if isinstance(note, list | tuple):
+        return b"l%d:%b" % (len(note), b"".join(annotation(walk, part) for part in note))
+    origin = typing.get_origin(note)
+    if origin is None:
+        if _is_annotation(type(note)):
+            return b"a" + text(str(getattr(note, "__name__", None) or type_name(type(note))))
+        return walk.or_type(note)
+    parts = [origin, *typing.get_args(note)]
+    return b"g%d:%b" % (len(parts), b"".join(annotation(walk, part) for part in parts))

@@ -1,0 +1,243 @@
+"""How functions and other callables count: code, captured values, and what is reached by name."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+import types
+from collections.abc import Iterable, Mapping
+from importlib.machinery import PathFinder
+from typing import Any
+
+from langgraph_perf._canonical import Plan, Unkeyable, mro_of, text, type_name
+from langgraph_perf._code_facts import top_level, value_of
+from langgraph_perf._code_identity import Code, Origin, code_of
+from langgraph_perf._code_walk import Walk, by_type, found_by_name
+
+_GETTERS = (operator.attrgetter, operator.itemgetter, operator.methodcaller)
+
+
+def callable_plan(kind: type) -> Plan | None:
+    """The plan of functions, methods, partials and modules, or ``None``."""
+    mro = mro_of(kind)
+    return next((plan for base, plan in _CALLABLES.items() if base in mro), None)
+
+
+def _function(walk: Walk, function: types.FunctionType) -> bytes:
+    home = function.__module__ or function.__globals__.get("__name__")
+    if walk.library(home):
+        # a function that is not found under its name could be any of those made at its place
+        name = found_by_name(function)
+        if name is not None:
+            return b"N" + text(name)
+        if walk.near is not None:
+            return walk.later(function, _foreign_body)
+    return walk.later(function, _function_body)
+
+
+def _function_body(walk: Walk, function: types.FunctionType) -> bytes:
+    code = function.__code__
+    known = code_of(code)
+    if walk.survey:
+        walk.facts.note(function, known)
+    out = [known.body]
+    try:
+        names = code.co_varnames[: code.co_argcount]
+        defaults = function.__defaults__ or ()
+        for name, value in zip(names[len(names) - len(defaults) :], defaults, strict=True):
+            out.append(walk.captured(f'default["{name}"]', value))
+        for name, value in sorted((function.__kwdefaults__ or {}).items()):
+            out.append(text(name) + walk.captured(f'default["{name}"]', value))
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            out.append(_cell(walk, name, cell))
+        wrapped = function.__dict__.get("__wrapped__")
+        if isinstance(wrapped, types.FunctionType):
+            out.append(walk.captured("__wrapped__", wrapped))
+        home = function.__globals__.get("__name__")
+        if not walk.library(home):
+            top = top_level(home)
+            for name, paths in sorted(_globals(known).items()):
+                out.append(text(name) + _global(walk, function.__globals__, name, paths, top))
+            out += [_imported(walk, function.__globals__, e, top) for e in sorted(known.imports)]
+    except Unkeyable as exc:
+        exc.within(f"{function.__name__}: ")
+        raise
+    return b"".join(out)
+
+
+def _foreign_body(walk: Walk, function: types.FunctionType) -> bytes:
+    """A function that another package made: what it was made with, though not its code."""
+    cells = (value_of(cell, "") for cell in function.__closure__ or ())
+    values = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *cells]
+    name = text(f"{function.__module__}.{function.__qualname__}")
+    return b"F" + name + b"".join(walk.or_type(value) for value in values)
+
+
+def _cell(walk: Walk, name: str, cell: types.CellType) -> bytes:
+    try:
+        value = cell.cell_contents
+    except ValueError:
+        return b"-"  # not set yet
+    if walk.facts.changes(cell, name, value):
+        return by_type(value)
+    return walk.captured(f'closure["{name}"]', value)
+
+
+# -- what a function reaches by name --------------------------------------------------------------
+
+
+def _globals(known: Code) -> dict[str, set[Origin]]:
+    """The module-level names that code reads, each with the attribute paths that it follows."""
+    names: dict[str, set[Origin]] = {}
+    for space, name, *path in known.loads:
+        if space == "global":
+            names.setdefault(name, set()).add(tuple(path))
+    return names
+
+
+def _global(
+    walk: Walk, namespace: dict[str, Any], name: str, paths: Iterable[Origin], top: str
+) -> bytes:
+    """What a module has under a name: by value or code if possible, else by type."""
+    if name not in namespace:
+        return b"-"  # a builtin, or not there yet
+    value = namespace[name]
+    if isinstance(value, types.ModuleType):
+        if top_level(value.__name__) != top:
+            return b"N" + text(value.__name__)
+        out = [b"M" + text(value.__name__)]
+        for step in sorted({path[0] for path in paths if path}):
+            further = [path[1:] for path in paths if path[:1] == (step,)]
+            out.append(text(step) + _global(walk, value.__dict__, step, further, top))
+        return b"".join(out)
+    if walk.facts.changes(namespace, name, value):
+        return by_type(value)
+
+    def parts() -> bytes:
+        """The attributes in use of an object that as a whole has no key."""
+        out = [by_type(value)]
+        for step in sorted({path[0] for path in paths if path}):
+            part = value_of(value, step)
+            if part is not None and not walk.facts.changes(value, step, part):
+                out.append(text(step) + walk.or_type(part))
+        return b"".join(out)
+
+    outer, walk.near = walk.near, top
+    encoded = walk.attempt(lambda: walk.encode(value), parts)
+    walk.near = outer
+    return encoded
+
+
+def _imported(
+    walk: Walk, namespace: Mapping[str, Any], entry: tuple[int, str, tuple[str, ...]], top: str
+) -> bytes:
+    """What an import statement inside a function reaches: modules of the same package, by code."""
+    level, name, names = entry
+    package = str(namespace.get("__package__") or "")
+    if level:
+        package = package.rsplit(".", level - 1)[0] if level > 1 else package
+        name = f"{package}.{name}" if name else package
+    if top_level(name) != top or top == "__main__":
+        return b"N" + text(name)
+    return b"".join(_module(walk, each) for each in (name, *(f"{name}.{n}" for n in names)))
+
+
+def _module(walk: Walk, name: str) -> bytes:
+    """A module that may not have been imported yet: found and compiled, never run."""
+    path: Any = None
+    spec = None
+    for end, _ in enumerate(name.split(".")):
+        spec = PathFinder.find_spec(".".join(name.split(".")[: end + 1]), path)
+        if spec is None:
+            loaded = sys.modules.get(".".join(name.split(".")[: end + 1]))
+            spec = getattr(loaded, "__spec__", None)
+        if spec is None:
+            return b"-"  # not a module but something in one
+        path = spec.submodule_search_locations
+    get_code = getattr(spec.loader if spec else None, "get_code", None)
+    code = get_code(name) if get_code else None
+    if code is None:
+        return b"N" + text(name)
+    source = walk.modules.setdefault(name, _Source(name, path, code))
+    return walk.later(source, _module_body)
+
+
+class _Source:
+    """A module's code."""
+
+    def __init__(self, name: str, is_package: Any, code: types.CodeType) -> None:
+        self.name = name
+        self.package = name if is_package is not None else name.rpartition(".")[0]
+        self.code = code_of(code)
+
+
+def _module_body(walk: Walk, source: _Source) -> bytes:
+    namespace = {"__package__": source.package}
+    imports = (
+        _imported(walk, namespace, entry, top_level(source.name))
+        for entry in sorted(source.code.imports)
+    )
+    return source.code.body + b"".join(imports)
+
+
+# -- other callables ------------------------------------------------------------------------------
+
+
+def _method(walk: Walk, method: types.MethodType) -> bytes:
+    name = f"{type(method.__self__).__name__}.{method.__func__.__name__}: self"
+    walk.facts.entries.add(method.__func__.__name__)
+    try:
+        bound = walk.captured("self", method.__self__)
+    except Unkeyable as exc:
+        raise Unkeyable(exc.path if ": " in exc.path else name + exc.path[4:], exc.reason) from exc
+    return b"M" + bound + walk.encode(method.__func__)
+
+
+def _partial(walk: Walk, partial: functools.partial[Any]) -> bytes:
+    out = [walk.captured("partial.func", partial.func)]
+    for index, value in enumerate(partial.args):
+        out.append(walk.captured(f"partial.args[{index}]", value))
+    for name, value in sorted(partial.keywords.items()):
+        out.append(text(name) + walk.captured(f'partial["{name}"]', value))
+    return b"P%d:%d:%b" % (len(partial.args), len(partial.keywords), b"".join(out))
+
+
+def _builtin(walk: Walk, function: types.BuiltinFunctionType) -> bytes:
+    owner = function.__self__
+    name = text(f"{function.__module__}.{function.__qualname__}")
+    if owner is None or isinstance(owner, types.ModuleType):
+        return b"N" + name
+    return b"B" + name + walk.captured(".__self__", owner)
+
+
+def _descriptor(walk: Walk, method: types.MethodDescriptorType) -> bytes:
+    return b"N" + text(f"{type_name(method.__objclass__)}.{method.__name__}")
+
+
+def _cached(walk: Walk, function: Any) -> bytes:
+    parameters = function.cache_parameters()
+    return b"L" + walk.encode(parameters) + walk.captured("__wrapped__", function.__wrapped__)
+
+
+def _getter(walk: Walk, getter: Any) -> bytes:
+    arguments = getter.__reduce__()[1:]
+    return b"G" + text(type_name(type(getter))) + walk.captured("()", arguments)
+
+
+def _module_name(walk: Walk, module: types.ModuleType) -> bytes:
+    return b"N" + text(module.__name__)
+
+
+_CALLABLES: dict[type, Plan] = {
+    types.ModuleType: _module_name,
+    types.FunctionType: _function,
+    types.MethodType: _method,
+    functools.partial: _partial,
+    types.BuiltinFunctionType: _builtin,
+    types.MethodDescriptorType: _descriptor,
+    types.WrapperDescriptorType: _descriptor,
+    types.ClassMethodDescriptorType: _descriptor,
+    type(functools.lru_cache(len)): _cached,
+    **dict.fromkeys(_GETTERS, _getter),
+}

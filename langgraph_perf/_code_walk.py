@@ -1,0 +1,248 @@
+"""The walk from a callable over all that it is made of.
+
+Functions, classes and instances get a number when they are met first; after that the number stands
+for them, so that cycles end. Functions and classes are described later, one after the other, so
+that a long chain of helpers is not a deep recursion.
+
+The walk is done twice. The first is a survey: it finds out what the code itself changes, which the
+second then leaves out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import queue
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeAlias
+
+from langchain_core.messages import BaseMessage
+from pydantic import BaseModel
+
+from langgraph_perf._canonical import (
+    HEAPTYPE,
+    IdentityMap,
+    Plan,
+    Unkeyable,
+    builtin_plan,
+    instance_state,
+    mro_of,
+    namespace_of,
+    refuse,
+    text,
+    type_name,
+)
+from langgraph_perf._code_facts import Facts, is_container, is_framework, is_installed, top_level
+from langgraph_perf._message_rows import extra_of, private_of
+from langgraph_perf._messages_key import KeyEncoder
+from langgraph_perf._value_types import value_plan
+
+Body: TypeAlias = Callable[["Walk", Any], bytes]
+
+# they carry no configuration
+_BY_TYPE = (
+    type(threading.Lock()),
+    type(threading.RLock()),
+    threading.Barrier,
+    threading.Condition,
+    threading.Event,
+    threading.Semaphore,
+    threading.local,
+    queue.Queue,
+    queue.SimpleQueue,
+    asyncio.Condition,
+    asyncio.Event,
+    asyncio.Lock,
+    asyncio.Queue,
+    asyncio.Semaphore,
+    contextvars.ContextVar,
+    logging.Handler,
+    logging.Logger,
+    logging.LoggerAdapter,
+)
+_WRAPPERS = (staticmethod, classmethod)
+
+
+class Walk(KeyEncoder):
+    """Encodes what a callable is made of.
+
+    Args:
+        homes: top-level packages that are the user's, wherever they are installed.
+        facts: what a survey found; ``None`` if this is the survey.
+    """
+
+    __slots__ = ("_numbers", "_waiting", "facts", "homes", "kept", "modules", "near", "survey")
+
+    plans: ClassVar[IdentityMap]
+
+    def __init__(self, homes: frozenset[str], facts: Facts | None = None) -> None:
+        super().__init__()
+        self.homes = homes
+        self.facts = facts or Facts()
+        self.survey = facts is None
+        self.near: str | None = None  # while reading globals: the package that counts by code
+        self.kept: list[Any] = []
+        self.modules: dict[str, Any] = {}
+        self._numbers: dict[int, int] = {}
+        self._waiting: deque[tuple[Any, Body]] = deque()
+
+    def run(self, root: Any) -> bytes:
+        """The encoding of all that ``root`` is made of."""
+        out = [self.captured("", root)]
+        while self._waiting:
+            obj, body = self._waiting.popleft()
+            out.append(b"#%d=%b" % (self._numbers[id(obj)], body(self, obj)))
+        return b"".join(out)
+
+    def plan_for(self, kind: type) -> Plan:
+        mro = mro_of(kind)
+        if kind is list or BaseMessage in mro:
+            return super().plan_for(kind)
+        if kind is object or any(base in mro for base in _BY_TYPE):
+            return _by_type
+        if is_record(mro):
+            return _instance
+        data = value_plan(kind) or builtin_plan(kind)
+        if data is None:
+            return _instance
+        return data if is_framework(kind.__module__) else _with_class(data)
+
+    # -- references -------------------------------------------------------------------------------
+
+    def _number(self, obj: Any) -> None:
+        self._numbers[id(obj)] = len(self.kept)
+        self.kept.append(obj)
+
+    def later(self, obj: Any, body: Body) -> bytes:
+        """The number of a function or class, which is described when its turn comes."""
+        if id(obj) not in self._numbers:
+            self._number(obj)
+            self._waiting.append((obj, body))
+        return b"@%d;" % self._numbers[id(obj)]
+
+    def here(self, obj: Any, body: Body) -> bytes:
+        """The description of an instance, or its number if it has one already."""
+        if id(obj) in self._numbers:
+            return b"@%d;" % self._numbers[id(obj)]
+        self._number(obj)
+        return b"#%d:%b" % (self._numbers[id(obj)], body(self, obj))
+
+    def attempt(self, encode: Callable[[], bytes], otherwise: Callable[[], bytes]) -> bytes:
+        """``encode()``, or, if it meets what cannot be keyed, ``otherwise()`` as if it had not been
+        tried: objects met on the way must not pass for described ones."""
+        kept, waiting, depth, near = len(self.kept), len(self._waiting), self.depth, self.near
+        try:
+            return encode()
+        except Unkeyable:
+            for obj in self.kept[kept:]:
+                del self._numbers[id(obj)]
+            del self.kept[kept:]
+            while len(self._waiting) > waiting:
+                self._waiting.pop()
+            self.depth, self.near = depth, near
+            return otherwise()
+
+    def captured(self, where: str, value: Any) -> bytes:
+        """A value that is built in, at ``where``. The survey does not mind if it has no key."""
+        if self.survey:
+            return self.attempt(lambda: self.at(where, value), bytes)
+        return self.at(where, value)
+
+    def or_type(self, value: Any) -> bytes:
+        """A value, or its type if it has no key."""
+        return self.attempt(lambda: self.encode(value), lambda: by_type(value))
+
+    # -- whose code is it -------------------------------------------------------------------------
+
+    def library(self, module: Any) -> bool:
+        """Whether a module's code counts by name."""
+        top = top_level(module)
+        if self.near is not None and top != self.near:
+            return True
+        return top not in self.homes and (is_framework(top) or is_installed(top))
+
+    def unordered(self, values: Iterable[Any]) -> bytes:
+        # numbers are given in the order of the walk, which must not depend on hashes
+        return super().unordered(sorted(values, key=_by_names))
+
+
+def _by_names(value: Any) -> tuple[str, str]:
+    named = isinstance(value, type | types.FunctionType)
+    return type_name(type(value)), f"{value.__module__}.{value.__qualname__}" if named else ""
+
+
+def by_type(value: Any) -> bytes:
+    """A value of which only the type counts."""
+    return b"~" + text(type_name(type(value)))
+
+
+def found_by_name(value: Any) -> str | None:
+    """``module.qualname``, if that is the way to find the value again."""
+    module, qualname = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    if not isinstance(module, str) or not isinstance(qualname, str):
+        return None
+    found: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        found = getattr(found, "__dict__", {}).get(part)
+        if isinstance(found, _WRAPPERS):
+            found = found.__func__
+    return f"{module}.{qualname}" if found is value else None
+
+
+# -- plans ----------------------------------------------------------------------------------------
+
+
+def _by_type(walk: Walk, value: Any) -> bytes:
+    return by_type(value)
+
+
+def _with_class(data: Plan) -> Plan:
+    """A value of a user's class, such as an enum's member, with the class itself."""
+    return lambda walk, value: b"I" + walk.encode(type(value)) + data(walk, value)
+
+
+def is_record(mro: tuple[type, ...]) -> bool:
+    """Whether instances are their attributes, whoever wrote the class."""
+    return (
+        BaseModel in mro
+        or types.SimpleNamespace in mro
+        or any("__dataclass_fields__" in namespace_of(base) for base in mro)
+    )
+
+
+def _instance(walk: Walk, value: Any) -> bytes:
+    """An object with attributes: its class and its state."""
+    kind = type(value)
+    mro = mro_of(kind)
+    if not is_record(mro):
+        name = found_by_name(value)
+        if name is not None and walk.library(value.__module__):
+            return b"N" + text(name)
+        if walk.library(kind.__module__):
+            return refuse(kind)(walk, value)
+    bases = [base for base in mro if not base.__flags__ & HEAPTYPE]
+    if bases not in ([object], [types.SimpleNamespace, object]):
+        return refuse(kind, "keeps state that cannot be read")(walk, value)
+    return walk.here(value, state)
+
+
+def state(walk: Walk, value: Any, leave: frozenset[str] = frozenset()) -> bytes:
+    """An object's class and attributes, without what the code changes and what to ``leave``."""
+    kind = type(value)
+    own = instance_state(kind)(value)
+    if BaseModel in mro_of(kind):
+        own.update(extra_of(value) or {})
+        if not walk.library(kind.__module__):
+            own.update(private_of(value) or {})
+    stores, pokes = walk.facts.changed_by_itself(kind)
+    out = [walk.encode(kind)]
+    for name in sorted(own.keys() - leave - stores):
+        item = own[name]
+        if not walk.facts.changes(value, name, item) and not (name in pokes and is_container(item)):
+            out.append(text(name) + walk.captured(f".{name}", item))
+    return b"%b%d;" % (b"".join(out), len(out))

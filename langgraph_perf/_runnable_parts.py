@@ -1,0 +1,119 @@
+"""What runnables, tools, language models, channels and graphs are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_core.language_models import BaseChatModel, BaseLanguageModel, BaseLLM
+from langchain_core.language_models.chat_models import SimpleChatModel
+from langchain_core.runnables import Runnable
+from langchain_core.tools import BaseTool
+from langgraph.channels.base import BaseChannel
+from langgraph.graph import StateGraph
+from langgraph.pregel import Pregel
+
+from langgraph_perf._canonical import Plan, instance_state, mro_of, namespace_of
+from langgraph_perf._code_walk import Walk, state
+
+# what is there to watch a run, or says only what goes in and out
+_WATCHING = frozenset(
+    """
+    callbacks callback_manager tags metadata verbose cache rate_limiter custom_get_token_ids trace
+    trace_inputs func_accepts custom_input_type custom_output_type input_types
+    """.split()  # noqa: SIM905
+)
+_NAME = frozenset(("name",))
+
+
+def runnable_plan(kind: type) -> Plan | None:
+    """The plan of one of this module's kinds, or ``None``."""
+    mro = mro_of(kind)
+    for base, plan in _PLANS.items():
+        if base in mro:
+            return plan
+    return None
+
+
+def _runnable(walk: Walk, runnable: Any) -> bytes:
+    return walk.here(runnable, _runnable_state)
+
+
+def _runnable_state(walk: Walk, runnable: Any) -> bytes:
+    # a tool's name is what a model calls; any other name is for traces
+    leave = _WATCHING if isinstance(runnable, BaseTool) else _WATCHING | _NAME
+    out = b""
+    config = instance_state(type(runnable))(runnable).get("config")
+    if isinstance(config, dict):
+        leave |= {"config"}
+        out = walk.captured('.config["configurable"]', config.get("configurable"))
+    return state(walk, runnable, leave) + out
+
+
+def _model(walk: Walk, model: Any) -> bytes:
+    return walk.here(model, _model_state)
+
+
+def _model_state(walk: Walk, model: Any) -> bytes:
+    for kind in mro_of(type(model)):
+        if "_identifying_params" in namespace_of(kind):
+            if kind in (BaseLanguageModel, BaseChatModel, SimpleChatModel, BaseLLM):
+                break  # it says nothing about the model
+            params = dict(model._identifying_params)
+            return walk.encode(type(model)) + walk.captured("._identifying_params", params)
+    return state(walk, model, _WATCHING | _NAME)
+
+
+def _channel(walk: Walk, channel: BaseChannel[Any, Any, Any]) -> bytes:
+    own = instance_state(type(channel))(channel)
+    return walk.encode(type(channel)) + walk.or_type(own.get("operator"))
+
+
+def _graph(walk: Walk, graph: Any) -> bytes:
+    return walk.here(graph, _graph_parts)
+
+
+def _graph_parts(walk: Walk, graph: Any) -> bytes:
+    builder = getattr(graph, "builder", None)
+    if builder is not None:
+        parts = _builder_parts(builder)
+    else:
+        parts = {
+            "nodes": {
+                name: (node.bound, sorted(node.triggers), node.channels, list(node.writers))
+                for name, node in graph.nodes.items()
+            },
+            "channels": dict(graph.channels),
+        }
+    parts["interrupts"] = (graph.interrupt_before_nodes, graph.interrupt_after_nodes)
+    return b"".join(walk.captured(f".{name}", parts[name]) for name in sorted(parts))
+
+
+def _builder(walk: Walk, builder: Any) -> bytes:
+    parts = _builder_parts(builder)
+    return b"".join(walk.captured(f".{name}", parts[name]) for name in sorted(parts))
+
+
+def _builder_parts(builder: Any) -> dict[str, Any]:
+    return {
+        "nodes": {
+            name: (spec.runnable, sorted(builder.schemas.get(spec.input_schema, ())), spec.defer)
+            for name, spec in builder.nodes.items()
+        },
+        "edges": sorted(builder.edges),
+        "waiting": sorted(builder.waiting_edges),
+        "branches": {
+            start: {name: (branch.path, branch.ends) for name, branch in branches.items()}
+            for start, branches in builder.branches.items()
+        },
+        "channels": dict(builder.channels),
+    }
+
+
+_PLANS: dict[type, Plan] = {
+    BaseLanguageModel: _model,
+    Pregel: _graph,
+    StateGraph: _builder,
+    BaseChannel: _channel,
+    BaseTool: _runnable,
+    Runnable: _runnable,
+}
