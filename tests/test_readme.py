@@ -27,6 +27,6 @@ def test_the_examples_run(
 def test_its_commands_are_targets() -> None:
     """Every ``make`` command that it names exists, and CI runs the test command."""
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake ([a-z][a-z-]*)", readme)):
+    for target in set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", readme, re.M)):
         assert re.search(rf"^{target}:", makefile, re.M), target
     assert "make test" in (ROOT / ".ci" / "run").read_text()
