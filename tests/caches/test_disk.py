@@ -391,6 +391,22 @@ def test_directory_removed_while_open(tmp_path):
     assert (tmp_path / "cache" / "cache.db").exists()
 
 
+def test_database_removed_while_open(tmp_path):
+    """A deleted database takes its log with it; those that had it open move to the new one."""
+    with DiskCache(tmp_path / "cache") as mine:
+        mine.write(KEY, entry(b"old"))
+        (tmp_path / "cache" / "cache.db").unlink()
+        with DiskCache(tmp_path / "cache") as other:
+            assert payload(other) is None
+            assert other.write(OTHER, entry(b"new"))
+            mine._db._next_look = 0
+            assert (payload(mine), payload(mine, OTHER)) == (None, b"new")
+            assert mine.write(KEY, entry(b"newer"))
+            assert payload(other) == b"newer"
+    with diskcache.Cache(str(tmp_path / "cache")) as plain:
+        assert plain.check() == []
+
+
 def test_half_made_database(tmp_path):
     """A process killed while it made the tables leaves something the next one completes."""
     DiskCache(tmp_path / "cache").close()
@@ -618,29 +634,65 @@ def test_nothing_stays_open(tmp_path, clock):
     ]
 
 
+def forked(check) -> bool:
+    """Whether ``check()`` holds in a forked child."""
+    pid = os.fork()
+    if pid == 0:
+        ok = False
+        try:
+            ok = bool(check())
+        finally:
+            os._exit(0 if ok else 1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
 @needs_fork
 @may_fork
 def test_fork(disk):
     """A forked child opens its own connections; both sides go on, and see each other."""
     disk.write(KEY, entry(b"before"))
-    with disk._db.transaction():  # a lock held at the time must not reach the child
-        inherited = list(disk._db._idle)
-        pid = os.fork()
-        if pid == 0:
-            ok = payload(disk) == b"before" and not set(map(id, inherited)) & set(
-                map(id, disk._db._idle)
-            )
-            os._exit(0 if ok else 1)
-    assert os.waitpid(pid, 0)[1] == 0
-    pid = os.fork()
-    if pid == 0:
-        ok = disk.write(KEY, entry(b"child")) and payload(disk) == b"child"
-        disk.close()
-        os._exit(0 if ok else 1)
-    assert os.waitpid(pid, 0)[1] == 0
+    inherited = set(disk._db._idle)
+    assert inherited
+
+    def child() -> bool:
+        ok = payload(disk) == b"before" and disk.write(KEY, entry(b"child"))
+        return ok and disk._db._idle and inherited.isdisjoint(disk._db._idle)
+
+    assert forked(child)
     assert payload(disk) == b"child"
     assert disk.write(KEY, entry(b"parent"))
     assert payload(disk) == b"parent"
+    assert forked(lambda: disk.close() or True)
+    assert payload(disk) == b"parent"
+
+
+@needs_fork
+@may_fork
+def test_fork_while_locked(disk):
+    """A lock that a thread of the parent held does not reach the child."""
+    disk.write(KEY, entry())
+    disk._db._writing.acquire()
+    disk._db._opening.acquire()
+    disk._tally._lock.acquire()
+    try:
+        assert forked(lambda: payload(disk) == b"value" and disk._db._writing.acquire(timeout=0))
+    finally:
+        disk._db._writing.release()
+        disk._db._opening.release()
+        disk._tally._lock.release()
+
+
+@needs_fork
+@may_fork
+def test_fork_with_an_executor(disk):
+    """A child does not wait for its parent's threads, which it does not have."""
+    disk.write(KEY, entry())
+    assert asyncio.run(disk.aread([Lookup(KEY)])) == [entry()]
+
+    def child() -> bool:
+        return asyncio.run(asyncio.wait_for(disk.aread([Lookup(KEY)]), 20)) == [entry()]
+
+    assert forked(child)
 
 
 # -- what is asked of the database ----------------------------------------------------------------

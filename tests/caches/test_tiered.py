@@ -223,6 +223,23 @@ def test_clear_while_a_copy_is_made(tmp_path, clock, last):
             assert payload(cache) is None
 
 
+def test_clear_before_the_token_is_taken(tmp_path, clock, last):
+    """A value stored past the tiers and cleared while its copy is prepared is not copied."""
+    disk = DiskCache(tmp_path / "cache", clock=clock)
+    with TieredCache(MemoryCache(clock=clock), disk) as cache:
+        last.write(KEY, entry())
+        tag_tokens = disk.tag_tokens
+
+        def clear_first(tags):
+            last.clear()
+            return tag_tokens(tags)
+
+        disk.tag_tokens = clear_first
+        payload(cache)
+        disk.tag_tokens = tag_tokens
+        assert payload(cache) is None
+
+
 def test_clear_while_it_is_written(tmp_path, clock, last):
     """A value written to the last tier, cleared there, and only then copied is not served."""
     memory = MemoryCache(clock=clock)
