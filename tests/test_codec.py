@@ -39,11 +39,12 @@ from langgraph.types import Command, Interrupt, Overwrite, Send, StateSnapshot
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import NotRequired, TypedDict
 
-from langgraph_perf import codec
+from langgraph_perf import _codec_decode, _codec_encode, _codec_values
+from langgraph_perf._codec_encode import Encoder, Walker
+from langgraph_perf._codec_format import FORMAT, Tag
 from langgraph_perf.codec import Allowlist, DecodeError, EncodeError, decode, encode, types_in
 
 T = TypeVar("T")
-TAG = codec._Tag
 calls: list[str] = []
 """What the hooks of the classes below append to when anything calls them."""
 
@@ -728,6 +729,23 @@ def test_what_cannot_come_back_is_refused_with_its_path(value, named):
         assert str(caught.value) == f"{caught.value.path}: {caught.value.reason}"
 
 
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 8, 16, 17, 300, 70_000])
+def test_an_ext_is_refused_whatever_its_size(size):
+    """An ormsgpack.Ext of any code and size is refused, also where it could pass for a part."""
+    for code in (0, 1, 127):
+        ext = ormsgpack.Ext(code, bytes(size))
+        for value in (ext, {"a": [ext]}, [(1,), ext], Plain(1, [(2,), ext, (3,)])):
+            with pytest.raises(EncodeError, match=r"Ext cannot be stored"):
+                encode(value)
+
+
+@pytest.mark.parametrize("letter", "ĀŠƀǅȀɐԀՀրאط")
+def test_text_that_looks_like_an_ext_is_stored(letter):
+    """Letters whose UTF-8 begins like a binary or an extension value are text like any other."""
+    for value in ({"a": [letter, (letter,)]}, Plain(1, [letter]), [(i,) for i in range(0xD9)]):
+        assert same(roundtrip(value), value)
+
+
 def test_a_bad_key_is_refused_with_its_path():
     """A key that cannot be stored is named as a key."""
     with pytest.raises(EncodeError, match=r"result\[0\] key \[<Client>\]"):
@@ -790,7 +808,7 @@ def test_debug_patterns_are_refused():
     """A pattern compiled with re.DEBUG, which prints, is refused."""
     pattern = types.SimpleNamespace(pattern="a", flags=re.DEBUG)
     with pytest.raises(EncodeError, match="DEBUG"):
-        codec._write_pattern(pattern)
+        _codec_values._write_pattern(pattern)
 
 
 def test_a_cycle_is_refused():
@@ -848,12 +866,12 @@ def test_an_interrupt_gets_through():
     def interrupt(obj: Any) -> Any:
         raise KeyboardInterrupt
 
-    codec._KNOWN[Stop] = interrupt, False
+    _codec_encode.KNOWN[Stop] = interrupt, False
     try:
         with pytest.raises(KeyboardInterrupt):
             encode([Stop()])
     finally:
-        del codec._KNOWN[Stop]
+        del _codec_encode.KNOWN[Stop]
 
 
 def test_an_interrupt_of_decoding_gets_through(monkeypatch):
@@ -863,7 +881,9 @@ def test_an_interrupt_of_decoding_gets_through(monkeypatch):
         raise KeyboardInterrupt
 
     payload = encode([(1,)])
-    monkeypatch.setattr(codec, "int", types.SimpleNamespace(from_bytes=interrupt), raising=False)
+    monkeypatch.setattr(
+        _codec_decode, "int", types.SimpleNamespace(from_bytes=interrupt), raising=False
+    )
     with pytest.raises(KeyboardInterrupt):
         decode(payload)
 
@@ -1033,11 +1053,11 @@ def test_a_class_that_changed_its_fields_is_a_miss(kind, monkeypatch):
 
 def compose(*records: tuple[int, bytes], root: Any) -> bytes:
     """A payload put together by hand."""
-    encoder = codec._Encoder()
+    encoder = Encoder()
     encoder.start()
     for tag, content in records:
         encoder.record(tag, content)
-    return encoder.compose(ormsgpack.packb([codec.FORMAT, root]))
+    return encoder.compose(ormsgpack.packb([FORMAT, root]))
 
 
 def part(index: int) -> ormsgpack.Ext:
@@ -1050,7 +1070,7 @@ def body(tag: int, head: Any, parts: list[Any]) -> tuple[int, bytes]:
 
 def named(ref: str) -> bytes:
     """A payload with one instance of the class that ``ref`` names."""
-    return compose(body(TAG.RECORD, [ref, 0], [{"a": 1}, None]), root=part(0))
+    return compose(body(Tag.RECORD, [ref, 0], [{"a": 1}, None]), root=part(0))
 
 
 @pytest.mark.parametrize(
@@ -1080,12 +1100,12 @@ def named(ref: str) -> bytes:
 def test_a_payload_cannot_name_just_any_class(ref):
     """Only classes of a storable kind, under their own name, are ever restored."""
     for tag, head, parts in (
-        (TAG.MODEL, [[]], [{}, None, None]),
-        (TAG.MODEL_V1, [[]], [{}, None]),
-        (TAG.RECORD, [], [{}, None]),
-        (TAG.NAMED, [], []),
-        (TAG.ENUM, ["a"], []),
-        (TAG.FLAG, [], [1]),
+        (Tag.MODEL, [[]], [{}, None, None]),
+        (Tag.MODEL_V1, [[]], [{}, None]),
+        (Tag.RECORD, [], [{}, None]),
+        (Tag.NAMED, [], []),
+        (Tag.ENUM, ["a"], []),
+        (Tag.FLAG, [], [1]),
     ):
         payload = compose(body(tag, [ref, 0, *head], parts), root=part(0))
         with pytest.raises(DecodeError, match=r"^type "):
@@ -1162,8 +1182,8 @@ hostile = settings(max_examples=300, deadline=None, suppress_health_check=list(H
 def test_random_bytes_give_a_value_or_decode_error(payload):
     """Random bytes, with and without the right beginning, raise nothing but DecodeError."""
     survives(payload)
-    survives(bytes([0xC1, codec.FORMAT]) + payload)
-    survives(bytes([0x92, codec.FORMAT]) + payload)
+    survives(bytes([0xC1, FORMAT]) + payload)
+    survives(bytes([0x92, FORMAT]) + payload)
 
 
 @hostile
@@ -1207,35 +1227,34 @@ plans = st.recursive(
 @given(st.lists(st.tuples(st.integers(0, 37), plans, plans), max_size=4), plans)
 def test_well_formed_nonsense_gives_a_value_or_decode_error(parts, root):
     """Records of every kind with contents of the wrong kind raise nothing but DecodeError."""
-    encoder = codec._Encoder()
+    encoder = Encoder()
     encoder.start()
     for tag, head, inside in parts:
         encoder.record(tag, ormsgpack.packb([head, inside if type(inside) is list else [inside]]))
-    survives(encoder.compose(ormsgpack.packb([codec.FORMAT, root])))
+    survives(encoder.compose(ormsgpack.packb([FORMAT, root])))
 
 
 def array(spec: Any, shape: Any, raw: bytes = b"", order: str = "C") -> tuple[int, bytes]:
     head = ormsgpack.packb([spec, shape, order])
-    return codec._Tag.ARRAY, len(head).to_bytes(4, "little") + head + raw
+    return Tag.ARRAY, len(head).to_bytes(4, "little") + head + raw
 
 
 BOMBS = {
     "doubling": compose(
-        *(body(TAG.TUPLE, None, [part(i - 1)] * 2 if i else []) for i in range(50)),
-        body(TAG.SET, None, [part(49)]),
+        *(body(Tag.TUPLE, None, [part(i - 1)] * 2 if i else []) for i in range(50)),
+        body(Tag.SET, None, [part(49)]),
         root=part(50),
     ),
     "deep": compose(
-        *(body(TAG.TUPLE, None, [part(i - 1)] if i else []) for i in range(200_000)),
-        body(TAG.SET, None, [part(199_999)]),
+        *(body(Tag.TUPLE, None, [part(i - 1)] if i else []) for i in range(200_000)),
+        body(Tag.SET, None, [part(199_999)]),
         root=part(200_000),
     ),
     "forward": compose(
-        body(TAG.TUPLE, None, [part(1)]), body(TAG.TUPLE, None, [part(0)]), root=part(0)
+        body(Tag.TUPLE, None, [part(1)]), body(Tag.TUPLE, None, [part(0)]), root=part(0)
     ),
     "huge array": compose(array("<f8", [2**40], b"12345678"), root=part(0)),
     "long array": compose(array("<f8", [1], b"123456789"), root=part(0)),
-    "trailing": encode((1,)) + b"x",
     "negative array": compose(array("<f8", [-1, -1], b"12345678"), root=part(0)),
     "huge empty array": compose(array("<f8", [0, 2**62]), root=part(0)),
     "no items": compose(array("V0", [2**62]), root=part(0)),
@@ -1256,22 +1275,22 @@ BOMBS = {
         root=part(0),
     ),
     "many dims": compose(array("<f8", [1] * 1000, b"12345678"), root=part(0)),
-    "bytes of a number": compose(body(TAG.UUID, [2**40, "unknown"], []), root=part(0)),
-    "text of a number": compose(body(TAG.NP_TEXT, None, [2**40]), root=part(0)),
-    "zone path": compose(body(TAG.ZONE, "../../../etc/passwd", []), root=part(0)),
-    "zone module": compose(body(TAG.ZONE, "a.b/c", []), root=part(0)),
-    "debug pattern": compose(body(TAG.PATTERN, int(re.DEBUG), ["a"]), root=part(0)),
-    "no path": compose(body(TAG.PATH, "Path", ["x"]), root=part(0)),
-    "factory": compose(body(TAG.DEFAULT, "eval", []), root=part(0)),
-    "unhashable": compose(body(TAG.SET, None, [[]]), root=part(0)),
-    "odd pairs": compose(body(TAG.PAIRS, None, [1]), root=part(0)),
-    "no records": bytes([0xC1, codec.FORMAT]) + bytes(4),
+    "bytes of a number": compose(body(Tag.UUID, [2**40, "unknown"], []), root=part(0)),
+    "text of a number": compose(body(Tag.NP_TEXT, None, [2**40]), root=part(0)),
+    "zone path": compose(body(Tag.ZONE, "../../../etc/passwd", []), root=part(0)),
+    "zone module": compose(body(Tag.ZONE, "a.b/c", []), root=part(0)),
+    "debug pattern": compose(body(Tag.PATTERN, int(re.DEBUG), ["a"]), root=part(0)),
+    "no path": compose(body(Tag.PATH, "Path", ["x"]), root=part(0)),
+    "factory": compose(body(Tag.DEFAULT, "eval", []), root=part(0)),
+    "unhashable": compose(body(Tag.SET, None, [[]]), root=part(0)),
+    "odd pairs": compose(body(Tag.PAIRS, None, [1]), root=part(0)),
+    "no records": bytes([0xC1, FORMAT]) + bytes(4),
     "many records": b"\xc1\x01\xff\xff\xff\xff",
-    "no root": b"\xc1\x01\x01\x00\x00\x00" + bytes([TAG.INT]) + b"\x01\x00\x00\x00\x05",
+    "no root": b"\xc1\x01\x01\x00\x00\x00" + bytes([Tag.INT]) + b"\x01\x00\x00\x00\x05",
     "old format": ormsgpack.packb([0, 1]),
     "new format": b"\xc1\x02" + bytes(4),
     "empty": b"",
-    "plain ext": ormsgpack.packb([codec.FORMAT, part(0)]),
+    "plain ext": ormsgpack.packb([FORMAT, part(0)]),
     "foreign": b'{"a": 1}',
     "three": b"\x93\x01\x02\x03",
     "long list": b"\x92\x01\xdd\xff\xff\xff\xff",
@@ -1295,19 +1314,32 @@ def test_small_hostile_payloads_are_refused_at_once(payload):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("value", [None, 5, "a", b"a", [], {"a": [1.5, "x"]}], ids=repr)
+@pytest.mark.parametrize(
+    "more",
+    [b"\0", b"\xc0", b"\xc1", b"\xc4\x10", b"\x91", b"x" * 100, encode(1)],
+    ids=["int", "nil", "never", "bytes", "list", "many", "payload"],
+)
+def test_nothing_may_follow_a_payload(value, more):
+    """Bytes after the end of a payload, with or without records, are refused."""
+    for payload in (encode(value), encode((value,))):
+        with pytest.raises(DecodeError):
+            decode(payload + more)
+
+
 @pytest.mark.parametrize("key", ["../../../etc/passwd", "a.b/c", "", "/etc/x"])
 def test_a_zone_is_only_looked_for_under_a_plain_name(key):
     """What could name another file, or a module of the time zone package, never gets that far."""
     with pytest.raises(DecodeError, match="names no time zone"):
-        decode(compose(body(TAG.ZONE, key, []), root=part(0)))
+        decode(compose(body(Tag.ZONE, key, []), root=part(0)))
 
 
 def test_a_big_fraction_is_not_reduced():
     """Hostile numbers of a megabyte are not brought to lowest terms."""
     big = compose(
-        (TAG.INT, b"\x55" * 500_000),
-        (TAG.INT, b"\x33" * 500_000),
-        body(TAG.FRACTION, None, [part(0), part(1)]),
+        (Tag.INT, b"\x55" * 500_000),
+        (Tag.INT, b"\x33" * 500_000),
+        body(Tag.FRACTION, None, [part(0), part(1)]),
         root=part(2),
     )
     assert type(decode(big)) is fractions.Fraction
@@ -1374,14 +1406,14 @@ values = st.recursive(
 def test_any_value_comes_back_exactly(value):
     """decode(encode(x)) equals x and has its type at every level, natively or not."""
     assert same(roundtrip(value), value)
-    walker = codec._Walker()
+    walker = Walker()
     assert same(decode(walker.encode(value)), value)
 
 
 def test_the_walk_and_the_native_way_agree():
     """Both ways of encoding give payloads that decode to the same value."""
     for value in (*PLAIN, *STDLIB, *MESSAGES, *LANGGRAPH, *numpy_values()):
-        assert same(decode(codec._Walker().encode(value)), value)
+        assert same(decode(Walker().encode(value)), value)
 
 
 def test_threads_may_encode_and_decode_at_once():
