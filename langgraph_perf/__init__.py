@@ -1,8 +1,8 @@
 """Safe, declarative caching and resources for LangGraph nodes."""
 
-from langgraph_perf.caches.disk import DiskCache
-from langgraph_perf.caches.memory import MemoryCache
-from langgraph_perf.caches.tiered import TieredCache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from langgraph_perf.errors import (
     CacheMiss,
     ConfigurationError,
@@ -17,7 +17,12 @@ from langgraph_perf.graph import StateGraph
 from langgraph_perf.items import get_cache
 from langgraph_perf.leases import alease, lease
 from langgraph_perf.policy import CacheControl, CachePolicy
-from langgraph_perf.resources import FromContext, Keyed, Pool, Shared, Use
+
+if TYPE_CHECKING:
+    from langgraph_perf.caches.disk import DiskCache
+    from langgraph_perf.caches.memory import MemoryCache
+    from langgraph_perf.caches.tiered import TieredCache
+    from langgraph_perf.resources import FromContext, Keyed, Pool, Shared, Use
 
 __version__ = "0.1.0"
 
@@ -45,3 +50,22 @@ __all__ = [
     "get_cache",
     "lease",
 ]
+
+# imported when they are first asked for: a graph needs one cache, and often no resources
+_LATER = {
+    "DiskCache": "caches.disk",
+    "MemoryCache": "caches.memory",
+    "TieredCache": "caches.tiered",
+    **dict.fromkeys(("FromContext", "Keyed", "Pool", "Shared", "Use"), "resources"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,7 @@ from contextlib import (
     suppress,
 )
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.callbacks.base import BaseCallbackManager
@@ -38,7 +38,6 @@ from langgraph_perf._identity import NodeSpec, Uncached, call_key, call_tags
 from langgraph_perf.caches.base import Entry
 from langgraph_perf.errors import CacheMiss, ConfigurationError
 from langgraph_perf.policy import narrowest_scope, shortest
-from langgraph_perf.resources import Registry, Want
 
 
 class Node(Protocol):
@@ -50,6 +49,10 @@ class Node(Protocol):
 
     spec: NodeSpec
     steps: Sequence[Runnable[Any, Any]]
+
+
+if TYPE_CHECKING:
+    from langgraph_perf.resources import Registry, Want
 
 
 def _no_heartbeat() -> None: ...

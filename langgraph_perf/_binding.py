@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.runnables.config import var_child_runnable_config
 
 from langgraph_perf._backend import Backend
 from langgraph_perf.policy import CacheControl
-from langgraph_perf.resources import Registry
 from langgraph_perf.stats import ItemCounters
+
+if TYPE_CHECKING:
+    from langgraph_perf.resources import Registry
 
 BINDING = "__pregel_langgraph_perf"
 CONTROL = "cache_control"
@@ -142,7 +144,7 @@ def make_binding(
         if resources is None:
             resources = parent.resources
         elif parent.resources is not None:
-            resources = Registry({**parent.resources, **resources})
+            resources = type(resources)({**parent.resources, **resources})
     return Binding(
         backend, items, resources, control, raw, users_part(configurable), run_id, blocked
     )

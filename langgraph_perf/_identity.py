@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langgraph_perf import keys
 from langgraph_perf._binding import Binding
@@ -13,8 +13,10 @@ from langgraph_perf.caches.base import tag_id
 from langgraph_perf.codec import Allowlist
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.policy import CachePolicy, Scope, template_fields
-from langgraph_perf.resources import Use
 from langgraph_perf.stats import NodeCounters
+
+if TYPE_CHECKING:
+    from langgraph_perf.resources import Use
 
 logger = logging.getLogger("langgraph_perf")
 

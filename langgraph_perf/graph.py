@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Generic, cast
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 from langchain_core.runnables import RunnableConfig
 from langgraph._internal._runnable import RunnableSeq
@@ -22,13 +22,14 @@ from langgraph_perf._binding import BINDING, Binding, ambient, make_binding
 from langgraph_perf._identity import NodeSpec
 from langgraph_perf.codec import Allowlist, types_in
 from langgraph_perf.errors import ConfigurationError
-from langgraph_perf.fingerprint import fingerprint
 from langgraph_perf.keys import Unkeyable
 from langgraph_perf.leases import parse_resources
 from langgraph_perf.node import CachedNode, CachedSeq
 from langgraph_perf.perf import Perf
 from langgraph_perf.policy import CachePolicy
-from langgraph_perf.resources import Registry, Resource, Use
+
+if TYPE_CHECKING:
+    from langgraph_perf.resources import Registry, Resource, Use
 
 
 class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
@@ -158,7 +159,12 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         # methods: the instance, which edges and branches already refer to, stays the same
         compiled.__class__ = CompiledGraph
         graph = cast("CompiledGraph[StateT, ContextT, InputT, OutputT]", compiled)
-        graph._perf = Perf(graph, cache, None if resources is None else Registry(resources))
+        registry: Registry | None = None
+        if resources is not None:
+            from langgraph_perf.resources import Registry
+
+            registry = Registry(resources)
+        graph._perf = Perf(graph, cache, registry)
         self._wrap_nodes(graph)
         graph._perf.check_tags()
         graph._perf.check_resources()
@@ -192,6 +198,9 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
     def _code_of(bound: Any, policy: CachePolicy, spec: NodeSpec) -> str | None:
         if policy.version is not None:
             return f"version:{policy.version!r}"
+        # imported here: it knows language models and tools, which are heavy to import
+        from langgraph_perf.fingerprint import fingerprint
+
         try:
             return fingerprint(bound)
         except Unkeyable as exc:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import var_child_runnable_config
 
 from langgraph_perf._binding import BINDING, Binding
 from langgraph_perf.errors import ConfigurationError
-from langgraph_perf.resources import Registry, Use
+
+if TYPE_CHECKING:
+    from langgraph_perf.resources import Registry, Use
 
 _LANGGRAPHS_OWN = ("config", "error", "previous", "runtime", "store", "writer")
 _CAN_BE_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -71,6 +73,8 @@ def parse_resources(
     """
     if resources is None:
         return {}
+    from langgraph_perf.resources import Use
+
     function = node if action is None else action
     name = node if isinstance(node, str) else getattr(node, "__name__", type(node).__name__)
     where = f"node {name!r}, resources"

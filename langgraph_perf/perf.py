@@ -14,14 +14,13 @@ from langgraph_perf._backend import Backend
 from langgraph_perf._binding import CONTROL
 from langgraph_perf._identity import NAMESPACE, NodeSpec
 from langgraph_perf.caches.base import Cache
-from langgraph_perf.caches.foreign import ForeignCache
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.policy import CacheControl
-from langgraph_perf.resources import Registry, Resource, Shared
 from langgraph_perf.stats import ItemCounters, NodeStats, Stats
 
 if TYPE_CHECKING:
     from langgraph_perf.graph import CompiledGraph
+    from langgraph_perf.resources import Registry
 
 
 class Perf:
@@ -40,8 +39,11 @@ class Perf:
         self.items = ItemCounters()
         self.backend: Backend | None = None
         if cache is not None:
-            own = cache if isinstance(cache, Cache) else ForeignCache.of(cache)
-            self.backend = Backend.of(own)
+            if not isinstance(cache, Cache):
+                from langgraph_perf.caches.foreign import ForeignCache
+
+                cache = ForeignCache.of(cache)
+            self.backend = Backend.of(cache)
 
     def stats(self) -> Stats:
         """A snapshot of what the cache did for each node since the graph was compiled."""
@@ -68,6 +70,8 @@ class Perf:
         Raises:
             ConfigurationError: the graph has no resource of that name.
         """
+        from langgraph_perf.resources import Registry, Resource, Shared
+
         with self._overriding:
             before = self.registry
             known = before if before is not None else Registry()

@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from langgraph_perf.caches.base import CacheStats
-from langgraph_perf.resources import ResourceStats
+
+if TYPE_CHECKING:
+    from langgraph_perf.resources import ResourceStats
 
 
 @dataclass(frozen=True, slots=True)
