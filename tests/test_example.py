@@ -294,7 +294,7 @@ def test_search_ranks_and_excerpts(documents: KnowledgeBase) -> None:
     assert found[0].id == "lambda"
     assert len(found) == 3
     assert "anonymous" in found[0].text
-    assert all(0 < len(doc.text) <= 500 for doc in found)
+    assert all(0 < len(doc.text) <= 400 for doc in found)
 
 
 def test_edit_counts_revisions(documents: KnowledgeBase) -> None:

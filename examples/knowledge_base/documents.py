@@ -12,7 +12,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 EXCERPT_TOKENS = 64  # the most that SQLite's snippet() gives
-EXCERPT_CHARS = 500  # tables are long however few their words, and the model is small
+EXCERPT_CHARS = 400  # tables are long however few their words, and the model is small
 QUESTION_WORDS = re.compile(  # says nothing about the topic, and none of it is Python syntax
     r"\b(a|an|are|can|do|does|happens|how|i|it|of|the|to|used|what|when|which|why)\b", re.I
 )

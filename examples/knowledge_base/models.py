@@ -185,10 +185,10 @@ class LocalServer(AbstractContextManager["LocalServer"]):
             )
         params = xllamacpp.CommonParams()
         params.model.path = str(next(Path(package.origin).parent.glob("*.gguf")))
-        cpus = os.cpu_count() or 1
-        params.cpuparams_batch.n_threads = cpus
-        # threads meet many times in each token: on a busy machine they wait more than they work
-        params.cpuparams.n_threads = max(1, cpus // 2)
+        # its threads meet many times in each token: where something else runs as well, one thread
+        # per processor makes all of them wait (measured: twice the time, and more)
+        threads = max(1, (os.cpu_count() or 1) // 2)
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.n_ctx = 2048
         params.n_batch = 128  # closing waits for one batch
         params.api_keys = [self._api_key]
