@@ -71,8 +71,10 @@ def no_threads_left() -> Iterator[None]:
     """No test leaves a thread behind that would keep the process alive."""
     before = set(threading.enumerate())
     yield
-    gc.collect()
-    for thread in set(threading.enumerate()) - before:
+    left = set(threading.enumerate()) - before
+    if left:
+        gc.collect()  # what a forgotten object holds is not left behind; a second look tells
+    for thread in left:
         if not thread.daemon and not thread.name.startswith(("asyncio_", "ThreadPoolExecutor")):
             thread.join(5)
             assert not thread.is_alive(), f"{thread.name} is still running"
