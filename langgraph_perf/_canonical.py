@@ -48,7 +48,10 @@ class Unkeyable(TypeError):
     Attributes:
         path: where it is, from the root's name on: ``state["docs"][3].meta``.
         reason: what stands there, and why it cannot be keyed.
+        complete: the path begins at its root.
     """
+
+    complete = False
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -56,7 +59,9 @@ class Unkeyable(TypeError):
         self.reason = reason
 
     def within(self, prefix: str) -> None:
-        """Say that the path so far is below ``prefix``."""
+        """Say that the path so far is below ``prefix``, unless it is complete."""
+        if self.complete:
+            return
         path = prefix + self.path
         # a value that contains itself has a path without end
         self.path = path if len(path) <= 300 else f"{path[:150]}…{path[-100:]}"

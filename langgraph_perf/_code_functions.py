@@ -62,6 +62,7 @@ def _function_body(walk: Walk, function: types.FunctionType) -> bytes:
             out += [_imported(walk, function.__globals__, e, top) for e in sorted(known.imports)]
     except Unkeyable as exc:
         exc.within(f"{function.__name__}: ")
+        exc.complete = True
         raise
     return b"".join(out)
 
@@ -185,21 +186,23 @@ def _module_body(walk: Walk, source: _Source) -> bytes:
 
 
 def _method(walk: Walk, method: types.MethodType) -> bytes:
-    name = f"{type(method.__self__).__name__}.{method.__func__.__name__}: self"
     walk.facts.entries.add(method.__func__.__name__)
     try:
         bound = walk.captured("self", method.__self__)
     except Unkeyable as exc:
-        raise Unkeyable(exc.path if ": " in exc.path else name + exc.path[4:], exc.reason) from exc
+        owner = method.__self__ if isinstance(method.__self__, type) else type(method.__self__)
+        exc.within(f"{owner.__name__}.{method.__func__.__name__}: ")
+        exc.complete = True
+        raise
     return b"M" + bound + walk.encode(method.__func__)
 
 
 def _partial(walk: Walk, partial: functools.partial[Any]) -> bytes:
-    out = [walk.captured("partial.func", partial.func)]
+    out = [walk.captured(".func", partial.func)]
     for index, value in enumerate(partial.args):
-        out.append(walk.captured(f"partial.args[{index}]", value))
+        out.append(walk.captured(f".args[{index}]", value))
     for name, value in sorted(partial.keywords.items()):
-        out.append(text(name) + walk.captured(f'partial["{name}"]', value))
+        out.append(text(name) + walk.captured(f'["{name}"]', value))
     return b"P%d:%d:%b" % (len(partial.args), len(partial.keywords), b"".join(out))
 
 
@@ -217,12 +220,12 @@ def _descriptor(walk: Walk, method: types.MethodDescriptorType) -> bytes:
 
 def _cached(walk: Walk, function: Any) -> bytes:
     parameters = function.cache_parameters()
-    return b"L" + walk.encode(parameters) + walk.captured("__wrapped__", function.__wrapped__)
+    return b"L" + walk.encode(parameters) + walk.captured(".__wrapped__", function.__wrapped__)
 
 
 def _getter(walk: Walk, getter: Any) -> bytes:
     arguments = getter.__reduce__()[1:]
-    return b"G" + text(type_name(type(getter))) + walk.captured("()", arguments)
+    return b"G" + text(type_name(type(getter))) + walk.captured(".args", arguments)
 
 
 def _module_name(walk: Walk, module: types.ModuleType) -> bytes:

@@ -68,14 +68,15 @@ def fingerprint(obj: Any) -> str:
         survey.facts.close()
         raw = _NodeWalk(homes, survey.facts).run(obj)
     except Unkeyable as exc:
-        if ": " not in exc.path:
-            name = getattr(obj, "__name__", None) or type(obj).__name__
-            exc.path = f"{name}{'' if exc.path[:1] in ('', '.', '[') else ': '}{exc.path}"
+        exc.within(_name(obj))
         raise
     except RecursionError as exc:
-        name = getattr(obj, "__name__", None) or type(obj).__name__
-        raise Unkeyable(name, "nested too deeply") from exc
+        raise Unkeyable(_name(obj), "nested too deeply") from exc
     return blake2b(b"langgraph_perf code 1\0" + raw, digest_size=DIGEST_SIZE).hexdigest()
+
+
+def _name(obj: Any) -> str:
+    return str(getattr(obj, "__name__", None) or type(obj).__name__)
 
 
 def _homes(root: Any) -> set[str]:

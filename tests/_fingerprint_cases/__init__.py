@@ -1,0 +1,1 @@
+"""What the fingerprint tests work on."""

@@ -1,0 +1,941 @@
+"""Fingerprints: the same for the same code anywhere, another for code that does something else."""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import enum
+import functools
+import itertools
+import logging
+import operator
+import queue
+import threading
+import types
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypedDict
+
+import pytest
+from langchain_core.language_models.chat_models import BaseChatModel, SimpleChatModel
+from langchain_core.language_models.fake_chat_models import FakeListChatModel
+from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
+from langchain_core.runnables import (
+    Runnable,
+    RunnableBranch,
+    RunnableGenerator,
+    RunnableLambda,
+    RunnableParallel,
+    RunnablePassthrough,
+)
+from langchain_core.tools import BaseTool, StructuredTool, tool
+from langgraph._internal._runnable import RunnableCallable
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.func import entrypoint
+from langgraph.graph import START, StateGraph
+from langgraph.prebuilt import ToolNode
+from pydantic import BaseModel, Field, PrivateAttr
+
+from langgraph_perf.fingerprint import Unkeyable, fingerprint
+from tests._fingerprint_cases.packages import Packages
+
+
+def path_of(obj: Any) -> str:
+    with pytest.raises(Unkeyable) as caught:
+        fingerprint(obj)
+    return caught.value.path
+
+
+def distinct(*objects: Any) -> bool:
+    """Whether all fingerprints differ, and each is the same when taken again."""
+    prints = [fingerprint(obj) for obj in objects]
+    assert [fingerprint(obj) for obj in objects] == prints
+    return len(set(prints)) == len(prints)
+
+
+class Client:
+    """A stand-in for a connection: nothing about it can be keyed."""
+
+    def __init__(self) -> None:
+        self.socket = open("/dev/null")  # noqa: SIM115
+
+    def get(self, state: Any) -> Any:
+        return state
+
+
+@pytest.fixture
+def client():
+    made = Client()
+    yield made
+    made.socket.close()
+
+
+# -- other processes, edited code ------------------------------------------------------------------
+
+NODES = (
+    "nodes.node",
+    "nodes.by_module",
+    "nodes.abroad",
+    "nodes.lazily",
+    "nodes.lazily_relative",
+    "nodes.even",
+    "nodes.make(1)",
+    "nodes.Agent(1)",
+    "nodes.Agent(1).run",
+)
+
+
+@pytest.fixture
+def packages(tmp_path: Path) -> Packages:
+    return Packages(tmp_path / "src")
+
+
+def test_fingerprints_do_not_depend_on_the_process(packages, tmp_path):
+    """Hash seed, import order, directory and place on disk do not count."""
+    want = packages.fingerprints(*NODES)
+    assert len(set(want)) == len(NODES)
+    assert packages.fingerprints(*NODES, seed="77", cwd=tmp_path) == want
+    assert packages.fingerprints(*NODES, before="import app.lazy, app.helpers, other") == want
+    turned = packages.fingerprints(*reversed(NODES))
+    assert turned[::-1] == want
+    elsewhere = Packages(tmp_path / "elsewhere")
+    assert elsewhere.fingerprints(*NODES) == want
+
+
+def test_layout_comments_and_docstrings_do_not_count(packages):
+    """Editing what is not executed keeps all fingerprints."""
+    want = packages.fingerprints(*NODES)
+    packages.edit("app/nodes.py", "# a comment", "\n\n    # another\n")
+    packages.edit("app/nodes.py", '"Does things."', '"""Does\n    other\n    things."""')
+    packages.edit("app/helpers.py", "LIMIT = 3", "# the limit\n\n\nLIMIT = 3")
+    packages.edit("app/helpers.py", "def clean(text):", 'def clean(text):\n    "Cleans."')
+    packages.edit("app/nodes.py", "def width(self):", 'def width(self):\n        "Width."')
+    packages.edit("app/lazy.py", "def heavy", '"""A module."""\n\ndef heavy')
+    assert packages.fingerprints(*NODES) == want
+    packages.edit("app/helpers.py", "return 0", "return 1")  # nobody calls it
+    assert packages.fingerprints(*NODES[:3]) == want[:3]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "changed"),
+    [
+        ("app/nodes.py", "depth=2", "depth=3", {"nodes.node"}),
+        ("app/nodes.py", "x + depth", "x - depth", {"nodes.node"}),
+        ("app/nodes.py", "k: int = 3", "k: int = 4", {"nodes.node"}),
+        ("app/nodes.py", "self.k * 2", "self.k * 3", {"nodes.node"}),
+        ("app/nodes.py", "FAST = 1", "FAST = 2", {"nodes.node"}),
+        (
+            "app/helpers.py",
+            "LIMIT = 3",
+            "LIMIT = 4",
+            {"nodes.node", "nodes.by_module"},
+        ),
+        (
+            "app/helpers.py",
+            "text.strip()",
+            "text.lstrip()",
+            {"nodes.node", "nodes.by_module", "nodes.lazily", "nodes.lazily_relative"},
+        ),
+        ("app/helpers.py", '"a": 1', '"a": 2', {"nodes.node"}),
+        (
+            "app/lazy.py",
+            "return clean(text)",
+            "return [clean(text)]",
+            {"nodes.lazily", "nodes.lazily_relative"},
+        ),
+        ("app/nodes.py", "n != 0 and", "n > 0 and", {"nodes.even"}),
+        ("app/nodes.py", "limit = 5", "limit = 6", {"nodes.Agent(1)", "nodes.Agent(1).run"}),
+        (
+            "app/nodes.py",
+            "return self.k * self.limit",
+            "return self.k + self.limit",
+            {"nodes.Agent(1)", "nodes.Agent(1).run"},
+        ),
+        ("other/__init__.py", "return state", "return [state]", set()),
+        ("app/nodes.py", "other.outside(state)", "other.inside(state)", {"nodes.abroad"}),
+    ],
+)
+def test_an_edit_changes_what_runs_it(packages, file, old, new, changed):
+    """A change in a node, or in what it reaches in its package, changes that node, and no other."""
+    before = packages.fingerprints(*NODES)
+    packages.edit(file, old, new)
+    after = packages.fingerprints(*NODES)
+    assert {n for n, a, b in zip(NODES, before, after, strict=True) if a != b} >= changed
+    assert {n for n, a, b in zip(NODES, before, after, strict=True) if a != b} <= changed | (
+        # lazily imported modules count as a whole, and with them what they import
+        {"nodes.lazily", "nodes.lazily_relative"} if file == "app/helpers.py" else set()
+    )
+
+
+def test_an_edited_node_of_a_script_changes(tmp_path):
+    """Code of ``__main__`` counts like a package's."""
+    packages = Packages(tmp_path)
+    program = "def node(s):\n    return help_(s)\ndef help_(s):\n    return {}\nnodes = None"
+    prints = [packages.fingerprints("node", before=program.format(value))[0] for value in (1, 1, 2)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+# -- functions -------------------------------------------------------------------------------------
+
+
+def make(k: Any) -> Any:
+    def node(state: Any) -> Any:
+        return k
+
+    return node
+
+
+def test_closures_of_one_factory_differ_by_what_they_hold():
+    """Two nodes made by one factory share their code, not their identity (trap 8)."""
+    assert distinct(make(1), make(True), make("1"), make([1]), make({"a": 1}), make(None))
+    assert fingerprint(make({"a": 1, "b": {1, 2}})) == fingerprint(make({"b": {2, 1}, "a": 1}))
+    assert distinct(make(make(1)), make(make(2)), make(len), make(max), make(int), make(operator))
+
+
+def test_lambdas_on_one_line_differ():
+    """What stands next to a lambda is not part of it."""
+    one, two, same = (lambda s: s + 1), (lambda s: s + 2), (lambda s: s + 1)
+    assert fingerprint(one) != fingerprint(two)
+    assert fingerprint(one) == fingerprint(same)
+
+
+def test_async_nodes_of_one_name_differ():
+    """Coroutine functions of the same name are told apart by what they do (trap 8)."""
+
+    def first() -> Any:
+        async def node(state: Any) -> Any:
+            return 1
+
+        return node
+
+    def second() -> Any:
+        async def node(state: Any) -> Any:
+            return 2
+
+        return node
+
+    def third() -> Any:
+        def node(state: Any) -> Any:
+            return 1
+
+        return node
+
+    assert distinct(first(), second(), third())
+
+
+def test_defaults_and_bound_arguments_count():
+    """Defaults, keyword defaults and what ``partial`` binds are part of the node."""
+
+    def with_default(k: Any) -> Any:
+        def node(state: Any, a: Any = k, *, b: Any = 0) -> Any:
+            return a, b
+
+        return node
+
+    def with_keyword(k: Any) -> Any:
+        def node(state: Any, a: Any = 0, *, b: Any = k) -> Any:
+            return a, b
+
+        return node
+
+    base = with_default(0)
+    assert distinct(
+        with_default(1),
+        with_keyword(1),
+        functools.partial(base),
+        functools.partial(base, 1),
+        functools.partial(base, a=1),
+        functools.partial(base, b=1),
+        functools.partial(functools.partial(base, a=1), b=1),
+    )
+
+
+class Agent:
+    level = 1
+
+    def __init__(self, k: Any) -> None:
+        self.k = k
+        self.calls = 0
+        self.log: list[Any] = []
+        self._client: Any = None
+        self.lock = threading.Lock()
+
+    def __call__(self, state: Any) -> Any:
+        self.calls += 1
+        self.log.append(state)
+        self._connect()
+        return self.k
+
+    def _connect(self) -> None:
+        if self._client is None:
+            self._client = open("/dev/null")  # noqa: SIM115
+            self._client.close()
+
+    def other(self, state: Any) -> Any:
+        return self.k
+
+    def with_k(self, k: Any) -> Agent:
+        self.k = k
+        return self
+
+
+class Child(Agent):
+    def other(self, state: Any) -> Any:
+        return self.k, "child"
+
+
+def test_callable_objects_differ_by_state_and_class():
+    """Objects of one class with other state, and of another class, are other nodes (trap 8)."""
+    assert distinct(Agent(1), Agent(2), Agent("1"), Child(1))
+    assert distinct(Agent(1).other, Agent(2).other, Agent(1).__call__, Child(1).other)
+    assert distinct(Agent(1), Agent(1).with_k(2))
+    assert fingerprint(Agent(1).with_k(2)) == fingerprint(Agent(2))
+
+
+def test_calls_do_not_change_a_fingerprint():
+    """Counters, logs and clients that the code itself keeps are not part of it (trap 16)."""
+    calls: list[Any] = []
+    count = 0
+    cache: dict[str, Any] = {}
+    seen = types.SimpleNamespace(n=0, k=3)
+    agent = Agent(1)
+
+    def node(state: Any) -> Any:
+        nonlocal count
+        count += 1
+        calls.append(state)
+        cache[state] = len(calls)
+        seen.n += 1
+        return agent(state)
+
+    before = fingerprint(node), fingerprint(agent), fingerprint(agent.__call__)
+    for n in range(50):  # enough for the interpreter to specialise the bytecode
+        node(str(n))
+    assert (fingerprint(node), fingerprint(agent), fingerprint(agent.__call__)) == before
+    seen.k = 4
+    assert fingerprint(node) != before[0]
+
+
+SEEN: list[Any] = []
+TOTAL = 0
+STEPS = itertools.count()
+SETTINGS = {"k": 1}
+BROKEN = Client()
+BROKEN.socket.close()
+
+
+class Totals:
+    n = 0
+
+
+def records(state: Any) -> Any:
+    global TOTAL
+    TOTAL += 1
+    SEEN.append(next(STEPS))
+    Totals.n += 1
+    return SETTINGS["k"]
+
+
+def uses_settings(state: Any) -> Any:
+    return SETTINGS["k"]
+
+
+def uses_client(state: Any) -> Any:
+    return BROKEN.get(state)
+
+
+def test_module_state_that_the_code_changes_does_not_count(monkeypatch):
+    """A module's counters do not count, its settings do."""
+    before = fingerprint(records)
+    records(1)
+    assert (TOTAL, len(SEEN), Totals.n) == (1, 1, 1)
+    assert fingerprint(records) == before
+    other = fingerprint(uses_settings)
+    monkeypatch.setitem(SETTINGS, "k", 2)
+    assert fingerprint(records) != before
+    assert fingerprint(uses_settings) != other
+
+
+def test_module_objects_without_a_key_count_by_name(monkeypatch, client):
+    """A global client does not stop a node from being cached."""
+    before = fingerprint(uses_client)
+    monkeypatch.setitem(globals(), "BROKEN", client)
+    assert fingerprint(uses_client) == before
+    monkeypatch.setitem(globals(), "BROKEN", threading.Event())
+    assert fingerprint(uses_client) != before
+
+
+class Settings:
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.client = Client()
+        self.client.socket.close()
+
+
+SETTING = Settings("small")
+
+
+def uses_setting(state: Any) -> Any:
+    return SETTING.client, SETTING.model
+
+
+def test_used_attributes_of_such_objects_count(monkeypatch):
+    """What can be keyed of a global object is keyed, if the code reads it."""
+    before = fingerprint(uses_setting)
+    monkeypatch.setattr(SETTING, "model", "large")
+    assert fingerprint(uses_setting) != before
+
+
+def test_what_carries_no_configuration_counts_by_type():
+    """Locks, queues, loggers and the like are part of a node only by their type."""
+    makers: list[Any] = [
+        threading.Lock,
+        threading.RLock,
+        threading.Event,
+        threading.local,
+        queue.Queue,
+        object,
+        lambda: logging.getLogger("a"),
+        lambda: contextvars.ContextVar("a"),
+    ]
+    for maker in makers:
+        assert fingerprint(make(maker())) == fingerprint(make(maker()))
+    assert distinct(*(make(maker()) for maker in makers))
+
+
+def decorate(k: Any) -> Any:
+    def decorator(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(*args: Any) -> Any:
+            return function(*args), k
+
+        return wrapper
+
+    return decorator
+
+
+def plain_one(state: Any) -> Any:
+    return 1
+
+
+def plain_two(state: Any) -> Any:
+    return 2
+
+
+def test_decorated_functions_count_with_decorator_and_function():
+    """Both the wrapper with what it holds and the wrapped function are part of the node."""
+    assert distinct(
+        plain_one,
+        decorate(1)(plain_one),
+        decorate(2)(plain_one),
+        decorate(1)(plain_two),
+        functools.lru_cache(plain_one),
+        functools.lru_cache(plain_two),
+        functools.lru_cache(5)(plain_one),
+    )
+
+
+def test_builtin_callables_have_a_fingerprint():
+    """Functions written in C, and bound methods of values, count by name and value."""
+    assert distinct(
+        len,
+        max,
+        str.upper,
+        str.lower,
+        "a".join,
+        "b".join,
+        operator.itemgetter("a"),
+        operator.itemgetter("b"),
+        operator.attrgetter("a"),
+        dict.fromkeys,
+        int,
+        Agent,
+        Child,
+    )
+
+
+def recursive(n: int) -> Any:
+    return [mutual, n]
+
+
+def mutual(n: int) -> Any:
+    return recursive(n)
+
+
+def test_recursion_ends():
+    """Functions and objects that reach each other are described once."""
+    agent = Agent(1)
+    agent.k = agent
+    one, other = Agent(1), Agent(2)
+    one.k, other.k = other, one
+    ring = make(1)
+    ring.__closure__[0].cell_contents = ring
+    assert distinct(recursive, mutual, agent, one, ring)
+
+
+def test_long_chains_of_helpers_are_no_recursion():
+    """A thousand functions that call each other in a row have a fingerprint."""
+    namespace: dict[str, Any] = {"__name__": "chain"}
+    lines = [f"def f{n}(s):\n    return f{n + 1}(s)\n" for n in range(1000)]
+    exec("".join(lines) + "def f1000(s):\n    return 1\n", namespace)
+    before = fingerprint(namespace["f0"])
+    exec("def f1000(s):\n    return 2\n", namespace)
+    assert fingerprint(namespace["f0"]) != before
+
+
+# -- what cannot be keyed --------------------------------------------------------------------------
+
+
+def test_captured_clients_are_named(client):
+    """The path says which function captured the client, and how."""
+    retrieve = make(client)
+    retrieve.__name__ = "retrieve"
+
+    def with_default(state: Any, db: Any = client, *, other: Any = 1) -> Any:
+        return db
+
+    def with_keyword(state: Any, *, db: Any = client) -> Any:
+        return db
+
+    class Holder:
+        def __init__(self) -> None:
+            self.client = client
+
+        def __call__(self, state: Any) -> Any:
+            return self.client
+
+        def run(self, state: Any) -> Any:
+            return self.client
+
+    assert path_of(retrieve) == 'retrieve: closure["k"].socket'
+    assert path_of(with_default) == 'with_default: default["db"].socket'
+    assert path_of(with_keyword) == 'with_keyword: default["db"].socket'
+    assert path_of(functools.partial(make(1), client)) == "partial.args[0].socket"
+    assert path_of(functools.partial(make(1), a=client)) == 'partial["a"].socket'
+    assert path_of(Holder()) == "Holder.client.socket"
+    assert path_of(Holder().run) == "Holder.run: self.client.socket"
+    assert path_of(client.get) == "Client.get: self.socket"
+    assert path_of(make({"a": [client]})) == 'node: closure["k"]["a"][0].socket'
+    assert path_of(make(retrieve)) == 'retrieve: closure["k"].socket'
+    assert path_of(RunnableLambda(retrieve)) == 'retrieve: closure["k"].socket'
+    assert path_of(make(iter([1]))) == 'node: closure["k"]'
+    assert path_of(make(x for x in [1])) == 'node: closure["k"]'
+
+
+def test_an_object_refused_once_is_refused_again(client):
+    """Having met an object where it does not matter does not make it pass where it does."""
+    BROKEN_TOO = types.ModuleType("m")
+    namespace: dict[str, Any] = {"__name__": "tests.made", "client": client, "m": BROKEN_TOO}
+    exec(
+        "def outer(k):\n    def node(state):\n        return client, k\n    return node\n",
+        namespace,
+    )
+    assert fingerprint(namespace["outer"](1))
+    assert path_of(namespace["outer"](client)) == 'node: closure["k"].socket'
+
+
+# -- classes ---------------------------------------------------------------------------------------
+
+
+def class_with(**members: Any) -> type:
+    return type("Made", (), {"__module__": __name__, **members})
+
+
+def test_classes_count_by_what_is_in_them():
+    """Methods, constants, bases, fields and annotations are part of a class."""
+
+    @dataclasses.dataclass
+    class Fields:
+        a: int = 1
+
+    @dataclasses.dataclass
+    class OtherDefault:
+        a: int = 2
+
+    @dataclasses.dataclass
+    class OtherType:
+        a: str = 1  # type: ignore[assignment]
+
+    @dataclasses.dataclass
+    class Factory:
+        a: list[int] = dataclasses.field(default_factory=list)
+
+    class Model(BaseModel):
+        a: int = 1
+
+    class Constrained(BaseModel):
+        a: int = Field(1, gt=0)
+
+    class Annotated_(BaseModel):
+        a: Annotated[int, "x"] = 1
+
+    class Typed(TypedDict):
+        a: int
+
+    class TypedOther(TypedDict):
+        a: str
+
+    class Named(NamedTuple):
+        a: int = 1
+
+    class NamedOther(NamedTuple):
+        a: int = 2
+
+    class Color(enum.Enum):
+        RED = 1
+
+    class ColorOther(enum.Enum):
+        RED = 2
+
+    class WithProperty:
+        @property
+        def a(self) -> int:
+            return 1
+
+    class WithOtherProperty:
+        @property
+        def a(self) -> int:
+            return 2
+
+    class Static:
+        @staticmethod
+        def a() -> int:
+            return 1
+
+    class OfClass:
+        @classmethod
+        def a(cls) -> int:
+            return 1
+
+    class Slots:
+        __slots__ = ("a",)
+
+    assert distinct(
+        class_with(),
+        class_with(a=1),
+        class_with(a=2),
+        class_with(a=plain_one),
+        class_with(a=plain_two),
+        class_with(a=(1, threading.Lock())),
+        class_with(a=(2, threading.Lock())),
+        Fields,
+        OtherDefault,
+        OtherType,
+        Factory,
+        Model,
+        Constrained,
+        Annotated_,
+        Typed,
+        TypedOther,
+        Named,
+        NamedOther,
+        Color,
+        ColorOther,
+        WithProperty,
+        WithOtherProperty,
+        Static,
+        OfClass,
+        Slots,
+    )
+
+
+def test_values_of_user_classes_count_with_the_class():
+    """A captured dataclass, model or enum member brings its own methods along."""
+
+    def made(result: int) -> Any:
+        @dataclasses.dataclass
+        class Config:
+            k: int = 1
+
+            def width(self) -> int:
+                return result
+
+        class Model(BaseModel):
+            k: int = 1
+            _n: int = PrivateAttr(default=0)
+
+            def width(self) -> int:
+                return result
+
+        class Mode(enum.Enum):
+            FAST = 1
+
+            def width(self) -> int:
+                return result
+
+        return Config(), Model(), Mode.FAST
+
+    for one, same, other in zip(made(1), made(1), made(2), strict=True):
+        assert fingerprint(make(one)) == fingerprint(make(same))
+        assert fingerprint(make(one)) != fingerprint(make(other))
+    config, model, _ = made(1)
+    before = fingerprint(make(config)), fingerprint(make(model))
+    config.k = model.k = 5
+    assert fingerprint(make(config)) != before[0]
+    assert fingerprint(make(model)) != before[1]
+
+
+# -- langchain and langgraph -----------------------------------------------------------------------
+
+
+def double(x: Any) -> Any:
+    return x * 2
+
+
+def treble(x: Any) -> Any:
+    return x * 3
+
+
+async def adouble(x: Any) -> Any:
+    return x * 2
+
+
+@tool
+def find(query: str) -> str:
+    """Find something."""
+    return double(query)
+
+
+@tool
+def look(query: str) -> str:
+    """Look for something."""
+    return double(query)
+
+
+class Search(BaseTool):
+    name: str = "search"
+    description: str = "searches"
+    limit: int = 3
+
+    def _run(self, query: str) -> str:
+        return query * self.limit
+
+
+class Echo(SimpleChatModel):
+    prefix: str = ""
+    calls: int = 0
+    _log: list[str] = PrivateAttr(default_factory=list)
+
+    def _call(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> str:
+        self.calls += 1
+        self._log.append("x")
+        return self.prefix
+
+    @property
+    def _llm_type(self) -> str:
+        return "echo"
+
+
+class Step(Runnable[Any, Any]):
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    def invoke(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+        return self.k
+
+
+class State(TypedDict):
+    x: int
+
+
+def graph(node: Any = double, reducer: Any = None, name: str = "a", route: Any = None) -> Any:
+    schema = TypedDict("schema", {"x": Annotated[int, reducer or operator.add]})  # noqa: UP013
+    builder = StateGraph(schema)
+    builder.add_node(name, node)
+    builder.add_edge(START, name)
+    if route is not None:
+        builder.add_conditional_edges(name, route, {"a": name})
+    return builder.compile()
+
+
+def stream_twice(items: Any) -> Any:
+    for item in items:
+        yield item * 2
+
+
+def stream_thrice(items: Any) -> Any:
+    for item in items:
+        yield item * 3
+
+
+KINDS: dict[str, list[Any]] = {
+    "runnable callable": [
+        lambda: RunnableCallable(double),
+        lambda: RunnableCallable(treble),
+        lambda: RunnableCallable(double, adouble),
+        lambda: RunnableCallable(None, adouble),
+    ],
+    "lambda": [
+        lambda: RunnableLambda(double),
+        lambda: RunnableLambda(treble),
+        lambda: RunnableLambda(adouble),
+    ],
+    "generator": [
+        lambda: RunnableGenerator(stream_twice),
+        lambda: RunnableGenerator(stream_thrice),
+    ],
+    "sequence": [
+        lambda: RunnableLambda(double) | treble,
+        lambda: RunnableLambda(treble) | double,
+        lambda: RunnableLambda(double) | treble | double,
+    ],
+    "parallel": [
+        lambda: RunnableParallel(a=double, b=treble),
+        lambda: RunnableParallel(a=treble, b=double),
+        lambda: RunnableParallel(a=double, c=treble),
+    ],
+    "branch": [
+        lambda: RunnableBranch((bool, double), treble),
+        lambda: RunnableBranch((bool, treble), double),
+    ],
+    "binding": [
+        lambda: RunnableLambda(double),
+        lambda: RunnableLambda(double).bind(stop=["a"]),
+        lambda: RunnableLambda(double).bind(stop=["b"]),
+        lambda: RunnableLambda(double).with_config(configurable={"k": 1}),
+    ],
+    "retry": [
+        lambda: RunnableLambda(double).with_retry(),
+        lambda: RunnableLambda(double).with_retry(stop_after_attempt=9),
+        lambda: RunnableLambda(treble).with_retry(),
+        lambda: RunnableLambda(double).with_retry(retry_if_exception_type=(KeyError,)),
+    ],
+    "fallbacks": [
+        lambda: RunnableLambda(double).with_fallbacks([RunnableLambda(treble)]),
+        lambda: RunnableLambda(treble).with_fallbacks([RunnableLambda(double)]),
+    ],
+    "assign": [
+        lambda: RunnablePassthrough.assign(a=double),
+        lambda: RunnablePassthrough.assign(a=treble),
+        lambda: RunnablePassthrough.assign(b=double),
+        lambda: RunnablePassthrough(),
+    ],
+    "prompt": [
+        lambda: PromptTemplate.from_template("Hi {x}"),
+        lambda: PromptTemplate.from_template("Ho {x}"),
+        lambda: ChatPromptTemplate.from_messages([("system", "Hi {x}"), ("placeholder", "{m}")]),
+        lambda: ChatPromptTemplate.from_messages([("system", "Ho {x}"), ("placeholder", "{m}")]),
+        lambda: ChatPromptTemplate.from_messages([("user", "Hi {x}"), ("placeholder", "{m}")]),
+        lambda: ChatPromptTemplate.from_messages([("user", "Hi {x}")]).partial(x="1"),
+        lambda: ChatPromptTemplate.from_messages([HumanMessage("Hi")]),
+    ],
+    "model": [
+        lambda: FakeListChatModel(responses=["a"]),
+        lambda: FakeListChatModel(responses=["b"]),
+        lambda: Echo(prefix="a"),
+        lambda: Echo(prefix="b"),
+        lambda: Echo(prefix="a").bind(stop=["x"]),
+    ],
+    "chain": [
+        lambda: (
+            ChatPromptTemplate.from_messages([("user", "{x}")])
+            | Echo(prefix="a")
+            | StrOutputParser()
+        ),
+        lambda: (
+            ChatPromptTemplate.from_messages([("user", "{x}")])
+            | Echo(prefix="b")
+            | StrOutputParser()
+        ),
+    ],
+    "tool": [
+        lambda: find,
+        lambda: look,
+        lambda: Search(),
+        lambda: Search(limit=4),
+        lambda: Search(description="other"),
+        lambda: StructuredTool.from_function(double, name="t", description="d"),
+        lambda: StructuredTool.from_function(treble, name="t", description="d"),
+    ],
+    "tool node": [
+        lambda: ToolNode([find]),
+        lambda: ToolNode([look]),
+        lambda: ToolNode([find, look]),
+        lambda: ToolNode([find], handle_tool_errors=True),
+        lambda: ToolNode([find], messages_key="m"),
+    ],
+    "own runnable": [lambda: Step(1), lambda: Step(2)],
+    "graph": [
+        lambda: graph(),
+        lambda: graph(treble),
+        lambda: graph(reducer=operator.mul),
+        lambda: graph(reducer=lambda a, b: a),
+        lambda: graph(reducer=lambda a, b: b),
+        lambda: graph(name="b"),
+        lambda: graph(route=lambda s: "a"),
+        lambda: graph(route=lambda s: "b"),
+        lambda: graph(graph()),
+        lambda: graph(graph(treble)),
+    ],
+    "node": [lambda: graph().nodes["a"].bound, lambda: graph(treble).nodes["a"].bound],
+    "entrypoint": [lambda: entrypoint()(double), lambda: entrypoint()(treble)],
+    "captured": [
+        lambda: make(RunnableLambda(double)),
+        lambda: make(RunnableLambda(treble)),
+        lambda: make(find),
+        lambda: make(graph()),
+        lambda: make(graph(treble)),
+        lambda: make(Echo(prefix="a")),
+        lambda: make([find, look]),
+        lambda: make({"a": RunnableLambda(double)}),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_runnables_count_by_their_parts(kind):
+    """Made anew they are the same; with another part they are another."""
+    assert distinct(*(maker() for maker in KINDS[kind]))
+    for maker in KINDS[kind]:
+        assert fingerprint(maker()) == fingerprint(maker())
+
+
+def test_watching_a_run_is_no_part_of_it():
+    """Names, tags, metadata and checkpointers do not change what is computed."""
+    plain = RunnableLambda(double)
+    assert fingerprint(plain.with_config(tags=["a"], run_name="b")) == fingerprint(
+        plain.with_config(tags=["c"], metadata={"x": object()})
+    )
+    builder = StateGraph(State)
+    builder.add_node("a", double)
+    builder.add_edge(START, "a")
+    assert fingerprint(builder.compile()) == fingerprint(
+        builder.compile(checkpointer=InMemorySaver(), name="x")
+    )
+
+
+def test_running_does_not_change_a_fingerprint():
+    """Models, tools and graphs that have been used are what they were."""
+    model, listed = Echo(prefix="a"), FakeListChatModel(responses=["a", "b"])
+    chain = RunnableLambda(lambda x: [HumanMessage("x")]) | model
+    compiled = graph(lambda s: {"x": 1})
+    objects = [model, listed, chain, compiled, find, compiled.nodes["a"].bound]
+    before = [fingerprint(obj) for obj in objects]
+    listed.invoke("x")
+    chain.invoke(1)
+    compiled.invoke({"x": 1})
+    find.invoke({"query": "a"})
+    assert [fingerprint(obj) for obj in objects] == before
+
+
+def test_an_edited_helper_changes_the_tool(monkeypatch):
+    """What a tool calls in its own package is part of the tool."""
+    before = fingerprint(find), fingerprint(graph(ToolNode([find])))
+    monkeypatch.setitem(globals(), "double", treble)
+    assert fingerprint(find) != before[0]
+    assert fingerprint(graph(ToolNode([find]))) != before[1]
+
+
+def test_models_that_say_nothing_about_themselves_count_by_their_fields():
+    """A chat model without identifying parameters is told apart by what it holds."""
+    assert BaseChatModel._identifying_params is Echo._identifying_params
+    assert distinct(Echo(prefix="a"), Echo(prefix="b"))
+
+
+def test_parts_of_runnables_are_named(client):
+    """The path leads through the runnable to what cannot be keyed."""
+    assert path_of(RunnableLambda(double).bind(db=client)) == (
+        'RunnableBinding.kwargs["db"].socket'
+    )
+    assert path_of(RunnableLambda(double) | client.get) == "Client.get: self.socket"
