@@ -297,13 +297,17 @@ class Core(ABC):
         """Close what is idle now, what is leased when it comes back; waiters get ``PoolClosed``."""
         _each(self._shut_down(), lambda entry: self._finish(entry, close_now))
 
+    def at_exit(self) -> None:
+        """Like ``close``, but leave daemon threads waiting: told, they would print tracebacks."""
+        _each(self._shut_down(tell=False), lambda entry: self._finish(entry, close_now))
+
     async def aclose(self) -> None:
         """Like ``close``, without blocking the event loop."""
         await asyncio.gather(*(self._afinish(entry) for entry in self._shut_down()))
 
-    def _shut_down(self) -> list[Entry]:
+    def _shut_down(self, tell: bool = True) -> list[Entry]:
         idle: list[Entry] = []
-        self._do(self._shut, idle)
+        self._do(self._shut, idle, tell)
         return idle
 
     def _finish(self, entry: Entry, close: Callable[[Hooks, Entry], None]) -> None:
@@ -504,8 +508,7 @@ class Core(ABC):
         if entry.leases:
             return
         now = self.clock()
-        lost_loop = entry.loop is not None and entry.loop.is_closed()
-        if not ok or self.closed or now >= entry.expires or lost_loop:
+        if not ok or self.closed or now >= entry.expires:
             self._retire(entry)
         else:
             self._rest(entry, now)
@@ -639,7 +642,7 @@ class Core(ABC):
                 self._arm(deadline)
         self._dispatch()
 
-    def _shut(self, idle: list[Entry]) -> None:
+    def _shut(self, idle: list[Entry], tell: bool) -> None:
         self.closed = True
         idle.extend(self._idle())
         for entry in idle:
@@ -651,7 +654,7 @@ class Core(ABC):
             if entry.waiter is not None:
                 waiting.append(entry.waiter)
                 entry.waiter = None
-        for waiter in waiting:
+        for waiter in waiting if tell else ():
             self._tell(waiter, PoolClosed(f"{self.hooks.owner} was closed"))
 
 

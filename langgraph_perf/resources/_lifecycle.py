@@ -17,7 +17,7 @@ class Living(Protocol):
     def after_fork(self) -> list[Any]:
         """Forget everything; gives what was held, which nobody in this process may close."""
 
-    def close(self) -> None:
+    def at_exit(self) -> None:
         """Close what is idle."""
 
 
@@ -39,7 +39,7 @@ def _after_fork() -> None:
 def _at_exit() -> None:
     for core in list(_living):
         try:
-            core.close()
+            core.at_exit()
         except Exception:
             logger.debug("closing resources at exit failed", exc_info=True)
 

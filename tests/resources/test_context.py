@@ -171,13 +171,12 @@ async def test_cancelled_while_entering(watch: Watch, kind: str) -> None:
     entering, go_on, ago_on = threading.Event(), threading.Event(), asyncio.Event()
     events: list[str] = []
 
-    @contextmanager
-    def connection() -> Iterator[None]:
-        entering.set()
-        assert go_on.wait(10)
-        try:
-            yield
-        finally:
+    class Connection:
+        def __enter__(self) -> None:
+            entering.set()
+            assert go_on.wait(10)
+
+        def __exit__(self, *exc: object) -> None:
             events.append("exit")
 
     @asynccontextmanager
@@ -189,7 +188,7 @@ async def test_cancelled_while_entering(watch: Watch, kind: str) -> None:
         finally:
             events.append("exit")
 
-    db = watch(FromContext(connection if kind == "sync" else aconnection))
+    db = watch(FromContext(Connection if kind == "sync" else aconnection))
 
     async def use() -> None:
         async with db.alease():

@@ -399,6 +399,27 @@ def test_a_waiter_served_in_its_last_moment_keeps_the_object(
     assert pool.stats().timeouts == 0
 
 
+def test_a_waiter_served_while_it_gives_up_keeps_the_object(watch: Watch, maker: Maker) -> None:
+    """Between looking at the clock and leaving the queue somebody may hand it the object."""
+    pool = watch(Pool(maker.create, max_size=1))
+    core = pool._core
+    waiter = ThreadWaiter(None, core.clock(), 5)
+    lease = pool.lease()
+    lease.__enter__()
+    core.take(waiter)
+    real = core.clock
+
+    def clock() -> float:
+        core.clock = real
+        lease.__exit__(None, None, None)
+        return waiter.deadline + 1
+
+    core.clock = clock
+    assert core.advance(waiter).name == "TAKE"
+    core.abandon(waiter)
+    assert pool.stats().timeouts == 0
+
+
 def test_a_lease_is_one_shot(watch: Watch, maker: Maker) -> None:
     """Entered or given back a second time, or given back unentered, it raises."""
     pool = watch(Pool(maker.create, max_size=1))

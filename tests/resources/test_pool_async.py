@@ -162,7 +162,7 @@ async def test_32_threads_and_500_tasks_on_one_pool(watch: Watch, maker: Maker) 
 async def test_a_full_pool_times_out(watch: Watch, maker: Maker, kind: str) -> None:
     """After ``timeout`` seconds, and without a trace."""
     pool = watch(pool_of(kind, maker, max_size=1, timeout=0.01))
-    async with pool.alease():
+    async with pool.alease(timeout=10):
         with pytest.raises(PoolTimeout):
             async with pool.alease():
                 pass
@@ -440,6 +440,8 @@ async def test_a_destroyed_coroutine_gives_its_object_back(watch: Watch, maker: 
         coroutine.close()
         await auntil(lambda pool=pool: pool.stats().in_use == 0)
         assert pool.stats().holders == 0
+        await auntil(lambda pool=pool: pool.stats().closing == 0)
+        assert pool.stats().idle == (1 if reset is None else 0)
         task.cancel()
         await asyncio.wait([task])
 
@@ -560,6 +562,8 @@ async def test_aclose_with_leases_out(watch: Watch, maker: Maker, kind: str) -> 
                 pass
         await pool.aclose()
     await auntil(lambda: maker.closed == [idle, leased])
+    if kind == "sync":  # closed when it came back, but not by the event loop's thread
+        assert all(name.startswith("langgraph-perf-worker") for name in maker.threads)
 
 
 @both
@@ -605,6 +609,28 @@ def test_two_event_loops_one_after_the_other(watch: Watch, maker: Maker) -> None
     assert pool.stats().size == 1
 
 
+def test_a_close_that_hangs_without_its_loop_delays_nobody(watch: Watch, maker: Maker) -> None:
+    """Objects of a closed loop are closed in the background, not in the next caller's time."""
+    let_go = threading.Event()
+
+    async def close(thing: Thing) -> None:
+        if thing.number == 0:
+            await auntil(let_go.is_set)
+        maker.close(thing)
+
+    pool = watch(Pool(maker.acreate, max_size=1, close=close))
+
+    async def use() -> Thing:
+        async with pool.alease(timeout=5) as thing:
+            return thing
+
+    first, second = asyncio.run(use()), asyncio.run(use())
+    assert first is not second
+    assert not first.closed
+    let_go.set()
+    until(lambda: first.closed)
+
+
 def test_sync_objects_survive_their_event_loop(watch: Watch, maker: Maker) -> None:
     """Objects of sync functions work anywhere, so the next loop, or thread, gets them."""
     pool = watch(Pool(maker.create, max_size=1))
@@ -637,6 +663,7 @@ def test_a_waiter_on_a_closed_loop_is_passed_over(watch: Watch, maker: Maker) ->
     lease.__exit__(None, None, None)
     waiter.wait()
     waiter.finish()
+    assert pool.stats().leases == 2
     coroutine = task.get_coro()
     task._log_destroy_pending = False
     coroutine.close()

@@ -31,9 +31,12 @@ def use(pool: Any, objects: int = 1) -> list[Thing]:
     return things
 
 
-def test_idle_objects_are_closed_on_time(watch: Watch, maker: Maker, clock: FakeTime) -> None:
-    """Each one ``max_idle`` seconds after its own last use, all of them at the same time if due."""
-    pool = watch(Pool(maker.create, max_idle=300, close=maker.close))
+@pytest.mark.parametrize("max_lifetime", [3600, None])
+def test_idle_objects_are_closed_on_time(
+    watch: Watch, maker: Maker, clock: FakeTime, max_lifetime: float | None
+) -> None:
+    """Each one ``max_idle`` seconds after its own last use."""
+    pool = watch(Pool(maker.create, max_idle=300, max_lifetime=max_lifetime, close=maker.close))
     first, second = use(pool, 2)
     clock.advance(200)
     assert use(pool) == [second]  # given back last, so it goes out first
@@ -50,10 +53,11 @@ def test_min_size_objects_stay(watch: Watch, maker: Maker, clock: FakeTime) -> N
     pool = watch(Pool(maker.create, min_size=2, max_idle=10, max_lifetime=None, close=maker.close))
     use(pool, 4)
     until(lambda: pool.stats().loading == 0)
+    made = len(maker.made)
     clock.advance(10)
     assert pool.stats().idle == 2
+    assert len(maker.closed) == made - 2  # none was closed only to be replaced
     until(lambda: not clock.reaper.running)
-    made = len(maker.made)
     use(pool, 2)
     clock.advance(1000)
     assert pool.stats().idle == 2
