@@ -252,6 +252,13 @@ class Core(ABC):
         Raises:
             LeaseError: the lease was given back already, or never entered.
         """
+        with self.lock:
+            if self._busy:
+                # Called by a garbage collection, which may finalize the lease itself next: it
+                # must know now that it is over.
+                entry, lease.entry = self.held(lease), RELEASED
+                self._late.append((self._returned, (entry, ok)))
+                return
         self._do(self._release, lease, ok)
 
     def give_back(self, entry: Entry, ok: bool) -> None:

@@ -75,3 +75,6 @@ UNUSED = _sentinel()
 """What a lease holds before it is entered."""
 RELEASED = _sentinel()
 """What a lease holds once it has been given back."""
+FORGOTTEN = _sentinel()
+"""What a lease holds once its finalizer has given back what it held. A garbage collection may leave
+the ``with`` block only after that, which then has nothing to do."""

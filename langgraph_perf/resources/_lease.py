@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 from langgraph_perf.errors import LeaseError
 from langgraph_perf.resources import _offload
 from langgraph_perf.resources._core import Core, Step
-from langgraph_perf.resources._entry import NEVER, RELEASED, UNUSED, Entry, State
+from langgraph_perf.resources._entry import FORGOTTEN, NEVER, RELEASED, UNUSED, Entry, State
 from langgraph_perf.resources._hooks import Hooks, passed
 from langgraph_perf.resources._waiters import TaskWaiter, ThreadWaiter
 from langgraph_perf.resources._work import load, load_soon, off_loop, spawn
@@ -265,7 +265,7 @@ async def _areset(lease: BaseLease[Any], obj: Any) -> None:
 def _recover(lease: BaseLease[Any], entry: Entry) -> None:
     """Warn about a lease that was garbage collected, and give back what it held."""
     core = lease.core
-    lease.entry = RELEASED
+    lease.entry = FORGOTTEN
     # Who never gave the object back may still use it, and it must not get a second owner. Nor can
     # a finalizer wait for a reset.
     ok = core.hooks.reset is None and sys.getrefcount(entry.obj) <= 2
