@@ -284,7 +284,7 @@ DIFFERENT: list[Any] = [
     np.bytes_(b"1"),
     np.datetime64("2024-01-01"),
     np.datetime64("2024-01-01", "s"),
-    np.datetime64("NaT"),
+    np.datetime64("NaT", "s"),
     np.array(1),
     np.array([1], "uint8"),
     np.array([1], "int8"),

@@ -145,7 +145,9 @@ class Packages:
             env={
                 **os.environ,
                 "PYTHONHASHSEED": seed,
-                "PYTHONPATH": str(self.directory),
+                "PYTHONPATH": os.pathsep.join(
+                    [str(self.directory), os.environ.get("PYTHONPATH", "")]
+                ),
                 "PYTHONDONTWRITEBYTECODE": "1",
             },
             cwd=cwd or self.directory.parent,
