@@ -10,20 +10,18 @@ from contextlib import (
     AbstractContextManager,
     contextmanager,
     nullcontext,
-    suppress,
 )
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.callbacks.base import BaseCallbackManager
 from langchain_core.outputs import LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import var_child_runnable_config
 from langchain_core.tracers.base import BaseTracer
 
 # private names of LangGraph, each with a test in tests/test_langgraph_internals.py
 from langgraph._internal._constants import (
+    CONFIG_KEY_RESUME_MAP,
     CONFIG_KEY_RESUMING,
     CONFIG_KEY_RUNTIME,
     CONFIG_KEY_SCRATCHPAD,
@@ -35,6 +33,7 @@ from langgraph_perf._call import Call, Ran, load
 from langgraph_perf._drive import Caller
 from langgraph_perf._flight import held_flights
 from langgraph_perf._identity import NodeSpec, Uncached, call_key, call_tags
+from langgraph_perf._watch import Watch, current_config
 from langgraph_perf.caches.base import Entry
 from langgraph_perf.errors import CacheMiss, ConfigurationError
 from langgraph_perf.policy import narrowest_scope, shortest
@@ -65,9 +64,9 @@ class Attempt:
     """One call of a cached node."""
 
     __slots__ = (
-        "_asked",
         "_started",
         "_usage",
+        "_watch",
         "call",
         "caller",
         "config",
@@ -85,7 +84,7 @@ class Attempt:
         self.kwargs = kwargs
         self.call: Call | None = None
         self.caller = _NOBODY
-        self._asked = False
+        self._watch = Watch()
         self._usage: _Usage | None = None
         self._started = 0.0
 
@@ -152,8 +151,8 @@ class Attempt:
             raise Uncached("resumed")
         runtime = conf.get(CONFIG_KEY_RUNTIME)
         scope = narrowest_scope(policy.scope, control.scope)
-        digest = call_key(spec, scope, self.input, runtime, conf, binding)
         tags = call_tags(policy, self.input)
+        digest = call_key(spec, scope, self.input, tags, runtime, conf, binding)
         if tags and not backend.cache.supports_tags:
             raise Uncached(
                 "tags_unsupported",
@@ -167,7 +166,8 @@ class Attempt:
             key=(spec.namespace, digest),
             tags=tags,
             mode=control.mode,
-            max_age=control.ttl,  # type: ignore[arg-type]
+            # the policy's ttl too: it may have become shorter since the entry was stored
+            max_age=shortest(policy.ttl, control.ttl),  # type: ignore[arg-type]
             ttl=shortest(policy.ttl, control.ttl),  # type: ignore[arg-type]
             jitter=policy.jitter,
             load=lambda payload: replay.unpack_result(payload, state, allowed),
@@ -175,7 +175,7 @@ class Attempt:
             refuse=self._refuse,
             spent=self._spent,
             on_hit=lambda entry: mark_trace(self.config, entry, digest, backend.cache.clock()),
-            nested=bool(held_flights.get()),
+            held=held_flights.get(),
         )
         heartbeat = getattr(runtime, "heartbeat", _no_heartbeat)
         return call, Caller(heartbeat, binding.blocked_loop, not self.node.spec.native_async)
@@ -272,46 +272,20 @@ class Attempt:
     @contextmanager
     def _entered(self) -> Iterator[RunnableConfig]:
         """The node's config, so patched that what matters for storing can be seen."""
-        config: RunnableConfig = {**self.config}
-        conf = dict(config.get("configurable") or {})
-        scratchpad = conf.get(CONFIG_KEY_SCRATCHPAD)
-        if scratchpad is not None:
-            conf[CONFIG_KEY_SCRATCHPAD] = self._watched(scratchpad)
-            config["configurable"] = conf
+        config = self._watch.over({**self.config})
         callbacks = config.get("callbacks")
         if isinstance(callbacks, BaseCallbackManager):
             self._usage = _Usage()
             callbacks = callbacks.copy()
             callbacks.add_handler(self._usage, inherit=True)
             config["callbacks"] = callbacks
-        # ``interrupt()`` and models called without a config find it here
-        token = var_child_runnable_config.set(config)
-        self._started = time.perf_counter()
-        try:
+        with current_config(config):
+            self._started = time.perf_counter()
             yield config
-        finally:
-            # a stream that the garbage collector closes ends in another context
-            with suppress(ValueError):
-                var_child_runnable_config.reset(token)
-
-    def _watched(self, scratchpad: Any) -> Any:
-        def interrupt_counter() -> int:
-            self._asked = True
-            return scratchpad.interrupt_counter()  # type: ignore[no-any-return]
-
-        def get_null_resume(consume: bool = False) -> Any:
-            value = scratchpad.get_null_resume(consume)
-            if consume and value is not None:
-                self._asked = True
-            return value
-
-        return replace(
-            scratchpad, interrupt_counter=interrupt_counter, get_null_resume=get_null_resume
-        )
 
     def _ran(self, value: Any) -> Ran:
         seconds = time.perf_counter() - self._started
-        return Ran(value, seconds, "asked_a_human" if self._asked else None)
+        return Ran(value, seconds, self._watch.taint)
 
     # -- after ------------------------------------------------------------------------------------
 
@@ -382,7 +356,9 @@ def _resumes(conf: Mapping[str, Any], has_subgraph: bool) -> bool:
         return False
     if scratchpad.resume or scratchpad.get_null_resume(False) is not None:
         return True
-    return has_subgraph and bool(conf.get(CONFIG_KEY_RESUMING))
+    # answers given by interrupt id may be for a graph inside the node, which LangGraph sees or not
+    resuming = bool(conf.get(CONFIG_KEY_RESUMING))
+    return resuming and (has_subgraph or bool(conf.get(CONFIG_KEY_RESUME_MAP)))
 
 
 def _step_config(config: RunnableConfig, number: int) -> RunnableConfig:

@@ -258,3 +258,4 @@ class _Batcher:
                 for (_, answer), entry in zip(batch, entries, strict=True):
                     if not answer.done():
                         answer.set_result(entry)
+        self._task = None  # it knows its loop, and the loop is what this batcher is kept by

@@ -157,8 +157,11 @@ def users_part(configurable: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in configurable.items()
         if not name.startswith("__") and name not in _NOT_THE_USERS
     }
-    if "langgraph_auth_user_id" not in users:
-        identity = getattr(configurable.get("langgraph_auth_user"), "identity", None)
-        if identity is not None:
-            users["langgraph_auth_user_id"] = identity
+    user = configurable.get("langgraph_auth_user")
+    if user is not None and "langgraph_auth_user_id" not in users:
+        identity = (
+            user.get("identity") if isinstance(user, Mapping) else getattr(user, "identity", None)
+        )
+        # whoever it is, it is not nobody: without an identity the whole object has to be keyed
+        users["langgraph_auth_user_id"] = user if identity is None else identity
     return users

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from langgraph.cache.base import FullKey
@@ -32,6 +33,41 @@ FIRST_POLL = 0.005
 LONGEST_POLL = 0.1
 
 
+class Gathering:
+    """The dependencies of the cached calls made while a body runs: they are the body's as well.
+
+    Attributes:
+        deps: tag ids and the tokens they had when the inner results came to be.
+        elsewhere: whether an inner result depends on tags of another cache, which nothing here
+            can check.
+    """
+
+    __slots__ = ("_backend", "deps", "elsewhere")
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.deps: dict[str, str] = {}
+        self.elsewhere = False
+
+    def add(self, backend: Backend, deps: Iterable[tuple[str, str]]) -> None:
+        """An inner call on ``backend`` used something that depends on ``deps``."""
+        for tag, token in deps:
+            if backend is self._backend:
+                self.deps.setdefault(tag, token)  # the older token: an invalidation between counts
+            else:
+                self.elsewhere = True
+
+
+gatherings: ContextVar[tuple[Gathering, ...]] = ContextVar("langgraph_perf_gatherings", default=())
+"""The computations that the current code is part of, outermost first."""
+
+
+def depends(backend: Backend, deps: Iterable[tuple[str, str]]) -> None:
+    """What is being computed now depends on ``deps``."""
+    for gathering in gatherings.get():
+        gathering.add(backend, deps)
+
+
 @dataclass(slots=True)
 class Call:
     """Everything that ``steps`` needs to know about one call.
@@ -43,8 +79,10 @@ class Call:
         refuse: why the value must not be stored, or ``None``.
         spent: language-model tokens the value's computation took.
         on_hit: told of the entry that answers the call.
-        nested: whether the call is made inside the computation of another key.
+        held: the flights that the call is part of; such a call never waits for other processes.
+        suspects: flights that the call may be part of without knowing; its own joins them.
         looked: whether the caller has looked the key up, in vain, a moment ago.
+        unreadable: whether what is stored could not be read back.
     """
 
     name: str
@@ -61,8 +99,10 @@ class Call:
     refuse: Callable[[Any], str | None]
     spent: Callable[[Any], int]
     on_hit: Callable[[Entry], None]
-    nested: bool
+    held: tuple[Flight, ...]
+    suspects: list[Flight] = field(default_factory=list)
     looked: bool = False
+    unreadable: bool = False
 
     @property
     def lookup(self) -> Lookup:
@@ -114,10 +154,11 @@ class Pause:
 
 @dataclass(slots=True)
 class Run:
-    """Run the body as part of ``flight`` → ``Ran | Raised``."""
+    """Run the body as part of ``flight`` → ``Ran | Raised``; inner calls tell ``gathering``."""
 
     flight: Flight | None
     lease: Lease | None
+    gathering: Gathering
 
 
 @dataclass(slots=True)
@@ -177,6 +218,7 @@ def steps(call: Call) -> Steps:
             call.counters.miss()
             return Raised(CacheMiss(call.name))
         if call.mode == "refresh":
+            call.backend.flights.supersede(call.key)
             done, _ = yield from _compute(call, None, None)
             return done
 
@@ -193,6 +235,8 @@ def steps(call: Call) -> Steps:
 
 
 def _stored(call: Call, how: Literal["hit", "coalesced"]) -> Generator[Step, Any, Ran | None]:
+    if call.unreadable:
+        return None
     entry: Entry | None = yield Read(call.lookup)
     return None if entry is None else load(call, entry, how)
 
@@ -202,9 +246,11 @@ def load(call: Call, entry: Entry, how: Literal["hit", "coalesced"]) -> Ran | No
     try:
         value = call.load(entry.payload)
     except DecodeError as exc:
-        call.counters.refused("undecodable")
-        logger.warning("%s: a stored result is not served: %s", call.name, exc)
+        call.unreadable = True
+        if call.counters.refused("undecodable"):
+            logger.warning("%s: a stored result is not served: %s", call.name, exc)
         return None
+    depends(call.backend, entry.deps)
     if how == "hit":
         call.counters.hit(entry.seconds, entry.tokens)
     else:
@@ -223,7 +269,7 @@ def _follow(
         flights.left(flight, waiter)
         raise
     finally:
-        flights.unblocked(flight)
+        flights.unblocked(flight, call.held)
     if outcome is None:
         flights.left(flight, waiter)
         return "alone"
@@ -258,7 +304,7 @@ def _lead(call: Call, flight: Flight | None, *, took_over: bool = False) -> Step
                 return served
         lease: Lease | None = None
         # a nested call never waits for another process: that one may be waiting for this one
-        if call.backend.cache.shared and not call.nested:
+        if call.backend.cache.shared and not call.held:
             taken = yield from _lease(call)
             if isinstance(taken, Ran):
                 verdict = taken.entry or verdict
@@ -311,13 +357,21 @@ def _compute(
             # taken before the body reads anything: an invalidation from here on must count
             tokens = yield Tokens(call.tags)
             deps = None if tokens is None else tuple(zip(call.tags, tokens, strict=True))
-        done = yield Run(flight, lease)
+        gathering = Gathering(call.backend)
+        done = yield Run(flight, lease, gathering)
         if isinstance(done, Raised):
             # a question to a human answers nobody else: let all who wait ask their own
             asks = isinstance(done.error, GraphBubbleUp)
             return done, "disperse" if asks else "abandon"
         spent = call.spent(done.value)
         call.counters.ran(done.seconds, spent)
+        if deps is not None:
+            deps = tuple({**gathering.deps, **dict(deps)}.items())
+            depends(call.backend, deps)
+        if gathering.elsewhere:
+            done.tainted = done.tainted or "tags_elsewhere"
+        elif flight is not None and flight.superseded:
+            done.tainted = done.tainted or "superseded"
         entry = _entry(call, done, deps, spent)
         if entry is None:
             return done, "disperse"
@@ -342,8 +396,8 @@ def _entry(
     try:
         payload = call.dump(ran.value)
     except EncodeError as exc:
-        call.counters.refused("unserializable")
-        logger.warning("%s: the result is not stored: %s", call.name, exc)
+        if call.counters.refused("unserializable"):
+            logger.warning("%s: the result is not stored: %s", call.name, exc)
         return None
     created = call.backend.cache.clock()
     expires = None

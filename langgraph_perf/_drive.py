@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from langgraph_perf import _heartbeat
-from langgraph_perf._backend import Backend
 from langgraph_perf._call import (
     Acquire,
     Call,
@@ -26,13 +24,10 @@ from langgraph_perf._call import (
     Tokens,
     Wait,
     Write,
+    gatherings,
     steps,
 )
-from langgraph_perf._flight import AsyncWaiter, SyncWaiter, held_flights, in_asyncio_executor
-
-LONGEST_THREAD_WAIT = 10.0
-"""Seconds that a thread of an event loop's default executor waits for a leader on that loop, which
-may itself need such a thread; other threads wait for as long as the leader computes."""
+from langgraph_perf._flight import AsyncWaiter, SyncWaiter, held_flights
 
 
 class Caller(NamedTuple):
@@ -56,7 +51,7 @@ def drive(call: Call, body: Callable[[], Ran], caller: Caller) -> Any:
         step = next(machine)
         while True:
             try:
-                answer = _perform(step, call.backend, body, caller)
+                answer = _perform(step, call, body, caller)
             except BaseException as exc:
                 step = machine.throw(exc)
             else:
@@ -66,21 +61,27 @@ def drive(call: Call, body: Callable[[], Ran], caller: Caller) -> Any:
     return _value(done)
 
 
-def _perform(step: Step, backend: Backend, body: Callable[[], Ran], caller: Caller) -> Any:
+def _perform(step: Step, call: Call, body: Callable[[], Ran], caller: Caller) -> Any:
+    backend = call.backend
     if type(step) is Read:
         return backend.read(step.lookup)
     if type(step) is Run:
-        with _running(step, backend):
+        with _running(step, call):
             try:
                 return body()
             except BaseException as exc:
                 return Raised(exc)
     if type(step) is Join:
-        return backend.flights.join(step.key, SyncWaiter, blocked_loop=caller.blocked_loop)
+        return backend.flights.join(
+            step.key,
+            SyncWaiter,
+            blocked_loop=caller.blocked_loop,
+            held=call.held,
+            suspects=call.suspects,
+        )
     if type(step) is Wait:
         assert isinstance(step.waiter, SyncWaiter)
-        patience = LONGEST_THREAD_WAIT if in_asyncio_executor() else math.inf
-        return step.waiter.wait(caller.heartbeat, patience)
+        return step.waiter.wait(caller.heartbeat)
     if type(step) is Tokens:
         return backend.tokens(step.tags)
     if type(step) is Write:
@@ -101,7 +102,7 @@ async def adrive(call: Call, body: Callable[[], Awaitable[Ran]], caller: Caller)
         step = next(machine)
         while True:
             try:
-                answer = await _aperform(step, call.backend, body, caller)
+                answer = await _aperform(step, call, body, caller)
             except BaseException as exc:
                 step = machine.throw(exc)
             else:
@@ -112,12 +113,13 @@ async def adrive(call: Call, body: Callable[[], Awaitable[Ran]], caller: Caller)
 
 
 async def _aperform(
-    step: Step, backend: Backend, body: Callable[[], Awaitable[Ran]], caller: Caller
+    step: Step, call: Call, body: Callable[[], Awaitable[Ran]], caller: Caller
 ) -> Any:
+    backend = call.backend
     if type(step) is Read:
         return await backend.aread(step.lookup)
     if type(step) is Run:
-        with _running(step, backend):
+        with _running(step, call):
             try:
                 return await body()
             except BaseException as exc:
@@ -128,6 +130,8 @@ async def _aperform(
             AsyncWaiter,
             loop=asyncio.get_running_loop(),
             uses_executor=caller.uses_executor,
+            held=call.held,
+            suspects=call.suspects,
         )
     if type(step) is Wait:
         assert isinstance(step.waiter, AsyncWaiter)
@@ -162,7 +166,7 @@ def drive_stream(call: Call, open_body: Callable[[], Opened], caller: Caller) ->
             try:
                 if type(step) is Run:
                     streamed = True
-                    with _running(step, call.backend):
+                    with _running(step, call):
                         try:
                             chunks, result = open_body()
                             yield from chunks
@@ -170,7 +174,7 @@ def drive_stream(call: Call, open_body: Callable[[], Opened], caller: Caller) ->
                         except BaseException as exc:
                             answer = Raised(exc)
                 else:
-                    answer = _perform(step, call.backend, _never, caller)
+                    answer = _perform(step, call, _never, caller)
             except BaseException as exc:
                 step = machine.throw(exc)
             else:
@@ -196,7 +200,7 @@ async def adrive_stream(
             try:
                 if type(step) is Run:
                     streamed = True
-                    with _running(step, call.backend):
+                    with _running(step, call):
                         try:
                             chunks, result = open_body()
                             async for chunk in chunks:
@@ -205,7 +209,7 @@ async def adrive_stream(
                         except BaseException as exc:
                             answer = Raised(exc)
                 else:
-                    answer = await _aperform(step, call.backend, _anever, caller)
+                    answer = await _aperform(step, call, _anever, caller)
             except BaseException as exc:
                 step = machine.throw(exc)
             else:
@@ -218,20 +222,26 @@ async def adrive_stream(
 
 
 @contextmanager
-def _running(step: Run, backend: Backend) -> Iterator[None]:
-    """What surrounds a running body: nested calls know its flight, its lease is kept alive."""
-    token = held_flights.set((*held_flights.get(), step.flight)) if step.flight else None
+def _running(step: Run, call: Call) -> Iterator[None]:
+    """What surrounds a running body: inner calls know its flight and report what they depend on,
+    and its lease is kept alive."""
+    flights = held_flights.set((*call.held, step.flight) if step.flight else call.held)
+    gathering = gatherings.set((*gatherings.get(), step.gathering))
     if step.lease is not None:
-        _heartbeat.keep(backend.cache, step.lease)
+        _heartbeat.keep(call.backend.cache, step.lease)
+    if step.flight is not None:
+        call.suspects.append(step.flight)
     try:
         yield
     finally:
+        if step.flight is not None:
+            call.suspects.remove(step.flight)
         if step.lease is not None:
             _heartbeat.drop(step.lease)
-        if token is not None:
-            # a stream that is closed by the garbage collector ends in another context
-            with suppress(ValueError):
-                held_flights.reset(token)
+        # a stream that is closed by the garbage collector ends in another context
+        with suppress(ValueError):
+            gatherings.reset(gathering)
+            held_flights.reset(flights)
 
 
 def _never() -> Ran:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -40,11 +41,27 @@ class Disperse:
 Outcome = Landed | TakeOver | Disperse
 
 
+PATIENCE = 300.0
+"""Seconds a call waits for another one's result before it runs by itself. A leader that waits for
+its follower by ways that cannot be seen (a thread of its own, say) would else never end."""
+THREAD_PATIENCE = 60.0
+"""The same for a thread that may be one of those the leader needs: those of an event loop's
+executor, which a program can replace."""
+EXECUTOR_PATIENCE = 10.0
+"""The same for a thread that is one of them, and wherever the leader is suspected to wait."""
+
+
 class Waiter(Protocol):
-    """Who waits for a flight; ``loop`` is the event loop it waits on, ``None`` in a thread."""
+    """Who waits for a flight.
+
+    Attributes:
+        loop: the event loop it waits on; ``None`` in a thread.
+        patience: seconds after which it goes alone, in case the leader waits for it.
+    """
 
     outcome: Outcome | None
     loop: asyncio.AbstractEventLoop | None
+    patience: float
 
     def wake(self) -> bool:
         """Tell the waiter that ``outcome`` is set; ``False``: nobody is there any more."""
@@ -56,19 +73,19 @@ class SyncWaiter:
     def __init__(self) -> None:
         self.outcome: Outcome | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.patience = PATIENCE
         self._event = threading.Event()
 
     def wake(self) -> bool:
         self._event.set()
         return True
 
-    def wait(self, heartbeat: Callable[[], None], seconds: float) -> Outcome | None:
-        """Block until there is an outcome, or ``None`` after about ``seconds``; reports progress
-        about once a second."""
-        while not self._event.wait(1.0):
+    def wait(self, heartbeat: Callable[[], None]) -> Outcome | None:
+        """Block until there is an outcome or patience ends; reports progress every second."""
+        ends = time.monotonic() + self.patience
+        while not self._event.wait(min(1.0, self.patience)):
             heartbeat()
-            seconds -= 1.0
-            if seconds <= 0:
+            if time.monotonic() >= ends:
                 break
         return self.outcome
 
@@ -79,6 +96,7 @@ class AsyncWaiter:
     def __init__(self) -> None:
         self.outcome: Outcome | None = None
         self.loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        self.patience = PATIENCE
         self._woken: asyncio.Future[None] = self.loop.create_future()
 
     def wake(self) -> bool:
@@ -94,17 +112,20 @@ class AsyncWaiter:
             self._woken.set_result(None)
 
     async def wait(self, heartbeat: Callable[[], None]) -> Outcome | None:
-        """Wait until there is an outcome; reports progress about once a second."""
+        """Wait until there is an outcome or patience ends; reports progress every second."""
+        ends = time.monotonic() + self.patience
         while not self._woken.done():
-            await asyncio.wait((self._woken,), timeout=1.0)
+            await asyncio.wait((self._woken,), timeout=min(1.0, self.patience))
             heartbeat()
+            if time.monotonic() >= ends:
+                break
         return self.outcome
 
 
 class Flight:
     """One key being computed; only its table touches it."""
 
-    __slots__ = ("blocked_on", "key", "loop", "uses_executor", "waiters")
+    __slots__ = ("blocked_on", "key", "loop", "superseded", "uses_executor", "waiters")
 
     def __init__(self, key: Hashable, loop: Any, uses_executor: bool) -> None:
         self.key = key
@@ -112,6 +133,7 @@ class Flight:
         self.blocked_on: list[Flight] = []
         self.loop = loop
         self.uses_executor = uses_executor
+        self.superseded = False
 
 
 held_flights: ContextVar[tuple[Flight, ...]] = ContextVar("langgraph_perf_flights", default=())
@@ -139,6 +161,8 @@ class FlightTable:
         loop: asyncio.AbstractEventLoop | None = None,
         uses_executor: bool = False,
         blocked_loop: asyncio.AbstractEventLoop | None = None,
+        held: tuple[Flight, ...] = (),
+        suspects: Collection[Flight] = (),
     ) -> tuple[Flight | None, Waiter | None]:
         """Lead ``(flight, None)``, follow ``(flight, waiter)``, or go alone ``(None, None)``.
 
@@ -148,8 +172,9 @@ class FlightTable:
             loop: the event loop the caller runs on, if it leads.
             uses_executor: whether the caller, if it leads, needs a thread of that loop's executor.
             blocked_loop: an event loop whose thread waits for the caller.
+            held: the flights that the call is part of.
+            suspects: flights that it may be part of, for all that can be seen.
         """
-        held = held_flights.get()
         with _lock:
             flight = self._flights.get(key)
             if flight is None:
@@ -162,6 +187,10 @@ class FlightTable:
             if held and _depends_on(flight, held):
                 return None, None
             waiter = new_waiter()
+            if flight in suspects or (loop is None and in_asyncio_executor()):
+                waiter.patience = EXECUTOR_PATIENCE
+            elif loop is None and flight.uses_executor and not _in_main_thread():
+                waiter.patience = THREAD_PATIENCE
             flight.waiters.append(waiter)
             for mine in held:
                 mine.blocked_on.append(flight)
@@ -195,9 +224,15 @@ class FlightTable:
         if isinstance(outcome, TakeOver):
             self.abandoned(flight)
 
-    def unblocked(self, flight: Flight) -> None:
-        """The current call waits for ``flight`` no more."""
-        held = held_flights.get()
+    def supersede(self, key: Hashable) -> None:
+        """A newer value of ``key`` is on its way: whoever computes it now must not store theirs."""
+        with _lock:
+            flight = self._flights.get(key)
+            if flight is not None:
+                flight.superseded = True
+
+    def unblocked(self, flight: Flight, held: tuple[Flight, ...]) -> None:
+        """A call that is part of ``held`` waits for ``flight`` no more."""
         if held:
             with _lock:
                 for mine in held:
@@ -237,6 +272,10 @@ def _depends_on(flight: Flight, held: tuple[Flight, ...]) -> bool:
             seen.add(id(current))
             pending += current.blocked_on
     return False
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def in_asyncio_executor() -> bool:

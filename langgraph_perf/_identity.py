@@ -84,6 +84,7 @@ def call_key(
     spec: NodeSpec,
     scope: Scope,
     state: Any,
+    tags: tuple[str, ...],
     runtime: Any,
     conf: Mapping[str, Any],
     binding: Binding,
@@ -109,13 +110,20 @@ def call_key(
         for name in policy.vary:
             root, *path = name.split(".")
             value: Any = roots[root]
-            for step in path:
-                value = _field(value, step)
+            try:
+                for step in path:
+                    value = _field(value, step)
+            except Exception as exc:
+                message = f"vary={name!r} raised {type(exc).__name__}: {exc}"
+                raise Uncached("vary_raised", message) from None
             parts.append((name, () if value is _MISSING else (value,)))
     keyed = {name: use.want(state).key for name, use in spec.uses.items() if use.key is not None}
     if keyed:
         # which model answers is part of the question, whatever ``key`` says
         parts.append(("resources", keyed))
+    if tags:
+        # results with other dependencies are other results, whatever ``key`` says
+        parts.append(("tags", tags))
     if scope == "thread":
         thread = conf.get("thread_id")
         if thread is None:

@@ -202,7 +202,9 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         from langgraph_perf.fingerprint import fingerprint
 
         try:
-            return fingerprint(bound)
+            code = fingerprint(bound)
+            # a key function is code too: what it leaves out decides what is the same
+            return f"{code} {fingerprint(policy.key)}" if callable(policy.key) else code
         except Unkeyable as exc:
             spec.warn(f"runs uncached: {exc}; CachePolicy(version=...) can stand for its code")
             return None
@@ -217,6 +219,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
                 )
 
     def _check_policy(self, name: str, policy: CachePolicy) -> None:
+        self._check_vary(name, policy)
         known = list(self.schemas[self.nodes[name].input_schema])
         if "__root__" in known:
             return
@@ -227,6 +230,17 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
                 "declares them with input_schema="
             )
 
+    def _check_vary(self, name: str, policy: CachePolicy) -> None:
+        known = _field_names(self.context_schema)
+        for part in policy.vary or ():
+            root, _, rest = part.partition(".")
+            field = rest.partition(".")[0]
+            if root == "context" and field and known and field not in known:
+                raise ConfigurationError(
+                    f"node {name!r}, CachePolicy.vary: the graph's context_schema has no field "
+                    f"{field!r}; accepted: {', '.join(sorted(known))}"
+                )
+
     def _types(self) -> Allowlist:
         schemas: list[Any] = [*self.schemas, self.context_schema]
         found: set[type] = set()
@@ -234,6 +248,14 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
             if schema is not None:
                 found |= types_in(schema)
         return Allowlist.of(*found)
+
+
+def _field_names(schema: Any) -> set[str]:
+    """The fields a context schema declares; empty where that cannot be told."""
+    names: set[str] = set()
+    for base in getattr(schema, "__mro__", ()):
+        names.update(base.__dict__.get("__annotations__", {}))
+    return names
 
 
 def _checked(policy: Any) -> Any:
@@ -248,6 +270,7 @@ class CompiledGraph(
     """LangGraph's compiled graph with ``.perf``."""
 
     _perf: Perf
+    cache: Any
 
     @property
     def perf(self) -> Perf:

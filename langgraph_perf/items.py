@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,9 +15,10 @@ from langchain_core.runnables.config import var_child_runnable_config
 from langgraph_perf import codec, keys
 from langgraph_perf._backend import Backend
 from langgraph_perf._binding import BINDING, Binding
-from langgraph_perf._call import Call, Ran
+from langgraph_perf._call import Call, Ran, depends
 from langgraph_perf._drive import Caller, adrive, drive
-from langgraph_perf._flight import held_flights
+from langgraph_perf._flight import Flight, held_flights
+from langgraph_perf._watch import Watch, current_config
 from langgraph_perf.caches.base import Entry, Lookup, tag_id
 from langgraph_perf.errors import CacheMiss, ConfigurationError
 from langgraph_perf.policy import CacheControl, seconds, shortest
@@ -53,7 +55,7 @@ def get_cache(namespace: str, config: RunnableConfig | None = None) -> ItemCache
     if binding is None or binding.backend is None:
         return ItemCache(namespace, None, _NO_CONTROL, NodeCounters())
     control = binding.control.for_node((config.get("metadata") or {}).get("langgraph_node", ""))
-    return ItemCache(namespace, binding.backend, control, binding.items.of(namespace))
+    return ItemCache(namespace, binding.backend, control, binding.items.of(namespace), config)
 
 
 class _Missed(NamedTuple):
@@ -76,11 +78,16 @@ class ItemCache:
         backend: Backend | None,
         control: CacheControl,
         counters: NodeCounters,
+        config: RunnableConfig | None = None,
     ) -> None:
         self.namespace = namespace
         self._backend = backend
         self._control = control
         self._counters = counters
+        self._config = config
+        # a thread that the node starts by itself does not know them any more
+        self._held = held_flights.get()
+        self._leading: list[Flight] = []
 
     def get_or_set(
         self,
@@ -102,10 +109,13 @@ class ItemCache:
         if call is None:
             return compute()
 
+        watch = Watch()
+
         def body() -> Ran:
-            started = time.perf_counter()
-            value = compute()
-            return Ran(value, time.perf_counter() - started)
+            with self._watched(watch):
+                started = time.perf_counter()
+                value = compute()
+            return Ran(value, time.perf_counter() - started, watch.taint)
 
         return drive(call, body, _CALLER)  # type: ignore[no-any-return]
 
@@ -122,10 +132,13 @@ class ItemCache:
         if call is None:
             return await compute()
 
+        watch = Watch()
+
         async def body() -> Ran:
-            started = time.perf_counter()
-            value = await compute()
-            return Ran(value, time.perf_counter() - started)
+            with self._watched(watch):
+                started = time.perf_counter()
+                value = await compute()
+            return Ran(value, time.perf_counter() - started, watch.taint)
 
         return await adrive(call, body, _CALLER)  # type: ignore[no-any-return]
 
@@ -151,7 +164,9 @@ class ItemCache:
         if batch.missed:
             tokens = self._backend.tokens(batch.tags) if self._backend and batch.tags else ()
             started = time.perf_counter()
-            values = compute_many(batch.missing_keys())
+            missing = batch.missing_keys()
+            with self._watched(batch.watch):
+                values = compute_many(missing)
             for lookup, entry in batch.computed(values, tokens, time.perf_counter() - started):
                 assert self._backend is not None
                 self._backend.write(lookup.key, entry, None)
@@ -172,7 +187,9 @@ class ItemCache:
         if batch.missed:
             tokens = await self._backend.atokens(batch.tags) if self._backend and batch.tags else ()
             started = time.perf_counter()
-            values = await compute_many(batch.missing_keys())
+            missing = batch.missing_keys()
+            with self._watched(batch.watch):
+                values = await compute_many(missing)
             for lookup, entry in batch.computed(values, tokens, time.perf_counter() - started):
                 assert self._backend is not None
                 await self._backend.awrite(lookup.key, entry, None)
@@ -180,9 +197,12 @@ class ItemCache:
 
     # -- inside -----------------------------------------------------------------------------------
 
+    def _watched(self, watch: Watch) -> AbstractContextManager[None]:
+        return current_config(watch.over(self._config) if self._config else None)
+
     def _call(self, key: Any, ttl: float | timedelta | None, tags: Sequence[str]) -> Call | None:
         limit = seconds("get_or_set(ttl=)", ttl)
-        lookup = self._lookup(key, self._tags(tags))
+        lookup = self._lookup(key, self._tags(tags), limit)
         if lookup is None:
             return None
         assert self._backend is not None
@@ -194,14 +214,15 @@ class ItemCache:
             tags=lookup.tags,
             mode=self._control.mode,
             max_age=lookup.max_age,
-            ttl=shortest(limit, lookup.max_age),
+            ttl=lookup.max_age,
             jitter=0.0,
             load=codec.decode,
             dump=codec.encode,
             refuse=_store_all,
             spent=_no_tokens,
             on_hit=_unseen,
-            nested=bool(held_flights.get()),
+            held=held_flights.get() or self._held,
+            suspects=self._leading,
         )
 
     def _tags(self, tags: Sequence[str]) -> tuple[str, ...]:
@@ -214,7 +235,7 @@ class ItemCache:
             )
         return tuple(sorted({tag_id(tag) for tag in tags}))
 
-    def _lookup(self, key: Any, tags: tuple[str, ...]) -> Lookup | None:
+    def _lookup(self, key: Any, tags: tuple[str, ...], ttl: float | None) -> Lookup | None:
         """Where ``key`` is kept; ``None``: it is not."""
         if self._backend is None:
             return None
@@ -224,13 +245,13 @@ class ItemCache:
         try:
             digest = keys.digest(("key", key))
         except keys.Unkeyable as exc:
-            self._counters.refused("unkeyable")
-            if self._counters.snapshot().refusals["unkeyable"] == 1:
+            first = self._counters.refused("unkeyable")
+            if first:
                 logger.warning("get_cache(%r) computes uncached: %s", self.namespace, exc)
             if self._control.mode == "only":
                 raise CacheMiss(self.namespace, f"mode 'only', and {exc}") from None
             return None
-        max_age = seconds("ttl", self._control.ttl)
+        max_age = shortest(ttl, self._control.ttl)  # type: ignore[arg-type]
         return Lookup(((NAMESPACE, self.namespace), digest), tags, max_age)
 
 
@@ -248,11 +269,12 @@ class _Batch:
         self._keys = list(keys)
         self._ttl = shortest(seconds("get_or_set_many(ttl=)", ttl), cache._control.ttl)  # type: ignore[arg-type]
         self.tags = cache._tags(tags)
+        self.watch = Watch()
         self.values: list[Any] = [None] * len(self._keys)
         places: dict[Any, list[int]] = {}
         wheres: dict[Any, Lookup | None] = {}
         for position, key in enumerate(self._keys):
-            lookup = cache._lookup(key, self.tags)
+            lookup = cache._lookup(key, self.tags, self._ttl)
             # without a lookup nothing tells whether two keys are equal: each is its own
             where = position if lookup is None else lookup.key
             places.setdefault(where, []).append(position)
@@ -279,6 +301,8 @@ class _Batch:
                 missed.append(miss)
                 continue
             self._cache._counters.hit(entry.seconds, entry.tokens)
+            assert self._cache._backend is not None
+            depends(self._cache._backend, entry.deps)
             self._put(miss.position, value)
         self.missed = missed
 
@@ -301,25 +325,28 @@ class _Batch:
             )
         share = took / len(self.missed)
         entries = []
+        deps = tuple(zip(self.tags, tokens or (), strict=False))
+        if self._cache._backend is not None:
+            depends(self._cache._backend, deps)
         for miss, value in zip(self.missed, values, strict=True):
             self._cache._counters.ran(share, 0)
             self._put(miss.position, value)
             if miss.lookup is None:
                 continue
-            if tokens is None:
-                self._cache._counters.refused("tags_unavailable")
+            reason = self.watch.taint or ("tags_unavailable" if tokens is None else None)
+            if reason is not None:
+                self._cache._counters.refused(reason)
                 continue
             try:
                 payload = codec.encode(value)
             except codec.EncodeError as exc:
-                self._cache._counters.refused("unserializable")
-                logger.warning("get_cache(%r) stores no %s", self._cache.namespace, exc)
+                if self._cache._counters.refused("unserializable"):
+                    logger.warning("get_cache(%r): not stored: %s", self._cache.namespace, exc)
                 continue
             backend = self._cache._backend
             assert backend is not None
             now = backend.cache.clock()
             expires = None if self._ttl is None else now + self._ttl
-            deps = tuple(zip(self.tags, tokens, strict=True))
             entries.append((miss.lookup, Entry(payload, now, expires, deps, share)))
         return entries
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,9 @@ def lease(
     Raises:
         ConfigurationError: there is no such resource, or the code does not run inside a node.
     """
-    return _registry(name, config).find(name).lease(key, timeout=timeout)
+    taken = _registry(name, config).find(name).lease(key, timeout=timeout)
+    _mark(taken, sys._getframe(1))
+    return taken
 
 
 def alease(
@@ -48,7 +51,14 @@ def alease(
     config: RunnableConfig | None = None,
 ) -> AbstractAsyncContextManager[Any]:
     """Like ``lease``, for ``async with``; never blocks the event loop."""
-    return _registry(name, config).find(name).alease(key, timeout=timeout)
+    taken = _registry(name, config).find(name).alease(key, timeout=timeout)
+    _mark(taken, sys._getframe(1))
+    return taken
+
+
+def _mark(taken: Any, frame: Any) -> None:
+    # a forgotten lease is reported with the line that took it, which is not one of this module
+    taken.code, taken.at = frame.f_code, frame.f_lasti
 
 
 def _registry(name: str, config: RunnableConfig | None) -> Registry:

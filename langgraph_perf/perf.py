@@ -12,7 +12,7 @@ from langgraph.cache.base import BaseCache
 
 from langgraph_perf._backend import Backend
 from langgraph_perf._binding import CONTROL
-from langgraph_perf._identity import NAMESPACE, NodeSpec
+from langgraph_perf._identity import NodeSpec
 from langgraph_perf.caches.base import Cache
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.policy import CacheControl
@@ -153,9 +153,24 @@ class Perf:
         return self.backend.cache
 
     def namespaces(self, nodes: Sequence[str] | None) -> list[tuple[str, ...]]:
-        """Where the results of ``nodes`` are kept."""
-        names = self._graph.nodes if nodes is None else nodes
-        return [(NAMESPACE, self._graph.name, name) for name in names]
+        """Where the results of ``nodes`` are kept.
+
+        Raises:
+            ConfigurationError: ``nodes`` is one string, or names a node that does not exist.
+        """
+        if isinstance(nodes, str):
+            raise ConfigurationError(
+                f"clear_cache(nodes): got {nodes!r}; accepted: a list of node names; did you mean "
+                f"[{nodes!r}]?"
+            )
+        for name in nodes or ():
+            if name not in self._graph.nodes:
+                raise ConfigurationError(
+                    f"clear_cache(nodes): unknown node {name!r}; accepted: "
+                    f"{', '.join(sorted(set(self._graph.nodes) - {'__start__'}))}"
+                )
+        names = self.specs if nodes is None else nodes
+        return [self.specs[name].namespace for name in names if name in self.specs]
 
 
 def _same(value: Any) -> Any:

@@ -113,6 +113,19 @@ class CachePolicy:
             "langgraph.types.CachePolicy(...) or None"
         )
 
+    @property
+    def key_func(self) -> Any:
+        """What LangGraph's own classes look for in a policy of theirs.
+
+        Raises:
+            ConfigurationError: always; only ``langgraph_perf.StateGraph`` takes this policy.
+        """
+        raise ConfigurationError(
+            "langgraph_perf.CachePolicy was given to a class of LangGraph; accepted: "
+            "langgraph_perf.StateGraph in the place of langgraph's, or (for @task and LangGraph's "
+            "own StateGraph) langgraph.types.CachePolicy"
+        )
+
     def unknown_fields(self, known: Sequence[str]) -> list[tuple[str, str]]:
         """``(policy field, name)`` for each name in ``key`` and ``tags`` that ``known`` lacks."""
         asked = [("key", name) for name in self.key] if isinstance(self.key, tuple) else []
@@ -131,11 +144,12 @@ def template_fields(tag: str) -> list[str]:
             "{field} for state fields, and {{ }} for braces"
         ) from None
     names = [name for _, name, _, _ in parsed if name is not None]
-    for name in names:
-        if not name.isidentifier():
+    for _, name, spec, conversion in parsed:
+        if name is not None and (spec or conversion or not name.isidentifier()):
             raise ConfigurationError(
                 f"CachePolicy.tags: got {tag!r} with the field {name!r}; accepted: plain state "
-                "field names such as {user_id}; for anything else give tags=callable(state)"
+                "field names such as {user_id}, without a format; for anything else give "
+                "tags=callable(state)"
             )
     return names
 

@@ -99,10 +99,12 @@ class NodeCounters:
             self._seconds_spent += seconds
             self._tokens_spent += tokens
 
-    def refused(self, reason: str) -> None:
-        """A result was not stored, or a call went uncached."""
+    def refused(self, reason: str) -> bool:
+        """A result was not stored, or a call went uncached; whether it is the first for that
+        reason."""
         with self._lock:
             self._refusals[reason] += 1
+            return self._refusals[reason] == 1
 
     def snapshot(self) -> NodeStats:
         """The counters as they are now."""

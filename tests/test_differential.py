@@ -192,9 +192,7 @@ def test_state_history_and_subgraph_state() -> None:
         graph = everything(twin)
         graph.invoke(INPUT, twin.config())
         names = [name for name, _ in graph.get_subgraphs(recurse=True)]
-        return [graph.get_state(twin.config(), subgraphs=True), names] + list(
-            graph.get_state_history(twin.config())
-        )
+        return [graph.get_state(twin.config(), subgraphs=True), names, *list(graph.get_state_history(twin.config()))]
 
     same(scenario)
 

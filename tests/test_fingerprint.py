@@ -71,7 +71,7 @@ def client():
     made.socket.close()
 
 
-# -- other processes, edited code ------------------------------------------------------------------
+# -- other processes, edited code -----------------------------------------------------------------
 
 NODES = (
     "nodes.node",
@@ -176,7 +176,7 @@ def test_an_edited_node_of_a_script_changes(tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
-# -- functions -------------------------------------------------------------------------------------
+# -- functions ------------------------------------------------------------------------------------
 
 
 def make(k: Any) -> Any:
@@ -484,7 +484,7 @@ def test_long_chains_of_helpers_are_no_recursion():
     assert fingerprint(namespace["f0"]) != before
 
 
-# -- what cannot be keyed --------------------------------------------------------------------------
+# -- what cannot be keyed -------------------------------------------------------------------------
 
 
 def test_captured_clients_are_named(client):
@@ -535,7 +535,7 @@ def test_an_object_refused_once_is_refused_again(client):
     assert path_of(namespace["outer"](client)) == 'node: closure["k"].socket'
 
 
-# -- classes ---------------------------------------------------------------------------------------
+# -- classes --------------------------------------------------------------------------------------
 
 
 def class_with(**members: Any) -> type:
@@ -676,7 +676,7 @@ def test_values_of_user_classes_count_with_the_class():
     assert fingerprint(make(model)) != before[1]
 
 
-# -- langchain and langgraph -----------------------------------------------------------------------
+# -- langchain and langgraph ----------------------------------------------------------------------
 
 
 def double(x: Any) -> Any:

@@ -59,7 +59,7 @@ def runs_of(graph: Any) -> int:
     return graph.perf.stats().nodes["node"].runs  # type: ignore[no-any-return]
 
 
-# -- keys -------------------------------------------------------------------------------------------
+# -- keys -----------------------------------------------------------------------------------------
 
 
 def test_only_the_named_fields_are_in_the_key() -> None:
@@ -211,7 +211,7 @@ def test_graphs_of_different_names_do_not_share() -> None:
     assert counting == [2]
 
 
-# -- replay -----------------------------------------------------------------------------------------
+# -- replay ---------------------------------------------------------------------------------------
 
 
 class Answer(BaseModel):
@@ -318,7 +318,7 @@ def test_stats_tell_what_hits_saved() -> None:
     assert stats.seconds_saved == pytest.approx(2 * stats.seconds_spent)
 
 
-# -- storing ----------------------------------------------------------------------------------------
+# -- storing --------------------------------------------------------------------------------------
 
 
 def test_a_raising_node_stores_nothing() -> None:
@@ -464,7 +464,7 @@ def test_a_tag_field_that_has_no_stable_text_runs_uncached(
     assert "is not in the input" in caplog.text
 
 
-# -- control ----------------------------------------------------------------------------------------
+# -- control --------------------------------------------------------------------------------------
 
 
 def control(**fields: Any) -> Any:
@@ -575,7 +575,7 @@ def test_equal_nodes_of_one_run_share_a_run_scope() -> None:
     assert runs_of(graph) == 1
 
 
-# -- caches and subgraphs ---------------------------------------------------------------------------
+# -- caches and subgraphs -------------------------------------------------------------------------
 
 
 def test_policies_without_any_cache_run_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -680,7 +680,7 @@ async def test_clear_cache_keeps_langgraphs_meaning(cache: Cache) -> None:
         StateGraph(State).add_node("a", runs).add_edge(START, "a").compile().clear_cache()
 
 
-# -- kinds of nodes and states ----------------------------------------------------------------------
+# -- kinds of nodes and states --------------------------------------------------------------------
 
 
 def plain(state: State) -> State:

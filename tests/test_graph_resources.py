@@ -377,7 +377,7 @@ def test_threads_and_tasks_share_one_sqlite_pool(tmp_path: Any) -> None:
     graph.perf.close()
 
 
-# -- bad input --------------------------------------------------------------------------------------
+# -- bad input ------------------------------------------------------------------------------------
 
 
 def _node(state: State, db: Any) -> State:

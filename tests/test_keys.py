@@ -425,7 +425,7 @@ def test_times_parsed_by_pydantic_have_a_key():
     assert key(one) == key(same) != key(Event(at="2024-01-01T00:00:00+02:00"))
 
 
-# -- properties ------------------------------------------------------------------------------------
+# -- properties -----------------------------------------------------------------------------------
 
 scalars = (
     st.none()
@@ -555,7 +555,7 @@ def test_other_processes_agree():
     assert re.fullmatch(r"[0-9a-f]{40}\n", outputs.pop())
 
 
-# -- what cannot be keyed --------------------------------------------------------------------------
+# -- what cannot be keyed -------------------------------------------------------------------------
 
 
 class Client:

@@ -89,7 +89,7 @@ def loop(*, query: str = "weather", answer: str = "sunny") -> list[BaseMessage]:
     ]
 
 
-# -- what does not count ---------------------------------------------------------------------------
+# -- what does not count --------------------------------------------------------------------------
 
 
 def test_a_rerun_of_an_agent_loop_has_the_same_key():
@@ -222,7 +222,7 @@ def test_a_str_subclass_says_what_its_text_says():
     assert key(HumanMessage(text)) == key(HumanMessage("hello"))
 
 
-# -- what counts -----------------------------------------------------------------------------------
+# -- what counts ----------------------------------------------------------------------------------
 
 
 class Custom(HumanMessage):
@@ -341,7 +341,7 @@ def test_only_messages_have_a_message_digest():
     assert len(message_digest(HumanMessage("x"))) >= 16
 
 
-# -- remembered conversations ----------------------------------------------------------------------
+# -- remembered conversations ---------------------------------------------------------------------
 
 
 def mutations() -> dict[str, tuple[BaseMessage, Any]]:

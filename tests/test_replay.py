@@ -84,7 +84,15 @@ def test_a_result_without_messages_costs_nothing():
         __iter__ = keys = items = values  # type: ignore[assignment]
 
     state = Untouchable(a=1)
-    for result in ({"a": [1, "x"], "id": "call_1"}, None, [Command(goto="x")], "tool_call", b"R"):
+    for result in (
+        {"a": [1, "x"], "id": "call_1"},
+        {"question": "what is it?", "long": "x" * 129, "type": "ai"},
+        None,
+        [Command(goto="x")],
+        [{"type": "tool_call"}, "tool call"],
+        [{"content": "", "id": "1"}],
+        b"R",
+    ):
         payload = pack_result(result, state)
         assert payload == codec.encode(result)
         assert unpack_result(payload, state) == result
@@ -178,6 +186,19 @@ def test_remove_all_is_an_instruction_and_stays():
     assert back[1:] == conversation("two")[1:]
     alone = [RemoveMessage(id=REMOVE_ALL_MESSAGES)]
     assert pack_result(alone, []) == codec.encode(alone)
+
+
+def test_a_removal_of_what_is_unknown_keeps_its_id():
+    """A message that neither input nor result shows can only be named by the id it has."""
+    kept = RemoveMessage(id="elsewhere")
+    for more in ([], [AIMessage("x", id="new"), RemoveMessage(id="new")]):
+        _, back = replayed(lambda s, m=more: [kept, *m, s[1]], conversation("1"), conversation("2"))
+        assert back[0] == kept
+        history = [HumanMessage("old", id="elsewhere"), *conversation("2")]
+        assert "old" not in [m.content for m in add_messages(history, back[:1])]
+        assert [m.id for m in back[-1:]] == ["h-2"]
+    plain = [{"role": "remove", "content": "", "id": "elsewhere"}]
+    assert unpack_result(pack_result(plain, []), []) == plain
 
 
 WRAPS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
@@ -332,7 +353,7 @@ def test_a_tool_call_id_of_the_input_is_rebound_in_all_its_places():
     """Every place of an input's call id gets the id that call has now."""
     _, back = replayed(
         lambda state: everywhere(state[2].tool_calls[1]["id"]),
-        conversation("one"),
+        conversation("1"),  # too short an id for equal text to be a reference
         conversation("another"),
     )
     assert set(id_slots(back)) == {"call_2another"}
@@ -366,17 +387,77 @@ def test_calls_sent_on_match_the_message_that_made_them():
     assert [send.arg[0]["id"] for send in result.goto] == ["call_1", "call_2"]
 
 
-def test_messages_in_dict_or_tuple_form_are_left_alone():
-    """LangGraph gives these their ids when it merges them; nothing in them is rewritten."""
-    plain = [
-        {"role": "assistant", "content": "", "id": "h-one", "tool_calls": [call("call_1one")]},
-        {"role": "tool", "content": "x", "tool_call_id": "call_1one"},
-        ("user", "h-one"),
-    ]
+def test_messages_in_dict_form_get_fresh_ids():
+    """What LangGraph turns into messages is replayed like messages, alone or among them."""
+    made = str(uuid.uuid4())
+    for result in (
+        [{"role": "assistant", "content": "x", "id": made}],
+        [{"type": "ai", "content": [], "id": made}, AIMessage("x", id="other")],
+        [AIMessage("x", id=made), {"role": "remove", "content": "", "id": made}],
+        [{"role": "user", "content": "x", "id": made, "args": {}, "name": "n"}],
+    ):
+        payload = pack_result({"messages": result}, {})
+        first, second = (
+            [m["id"] if type(m) is dict else m.id for m in unpack_result(payload, {})["messages"]]
+            for _ in range(2)
+        )
+        assert all(map(is_uuid, [*first, *second]))
+        assert not {made, *first} & {*second}
+        assert made not in first
+
+
+def test_messages_in_dict_form_are_rebound():
+    """An edit, a removal and a message returned in dict form hit those of the current input."""
+
+    def node(state: Any) -> Any:
+        return [
+            {"role": "user", "content": "edited", "id": state[1].id},
+            {"role": "remove", "content": "", "id": state[3].id},
+            {"role": "assistant", "content": "new", "id": "new"},
+        ]
+
+    other = conversation("two")
+    _, back = replayed(node, conversation("one"), other)
+    assert [m["id"] for m in back[:2]] == ["h-two", "t-two"]
+    assert is_uuid(back[2]["id"])
+    assert [m.content for m in add_messages(other, back)] == ["be brief", "edited", "", "new"]
+
+
+def test_references_to_messages_in_dict_form_are_rebound():
+    """The input's messages may be in dict form as well; they are compared by content."""
+
+    def talk(tag: str, text: str = "x") -> Any:
+        return {"messages": [{"role": "user", "content": text, "id": f"h-{tag}"}]}
+
+    def node(state: Any) -> Any:
+        return [RemoveMessage(id=state["messages"][0]["id"]), *state["messages"]]
+
+    _, back = replayed(node, talk("one"), talk("two"))
+    assert [back[0].id, back[1]["id"]] == ["h-two", "h-two"]
+    with pytest.raises(DecodeError, match="another one"):
+        unpack_result(pack_result(node(talk("one")), talk("one")), talk("two", "y"))
+
+
+def test_what_is_no_message_in_dict_form_is_left_alone():
+    """Records that merely have some of a message's fields, and messages in tuple form."""
+    new = AIMessage("x", id="new")
+    result = {
+        "messages": [
+            {"role": "assistant", "content": ""},
+            {"role": "assistant", "id": "h-one"},
+            {"content": "x", "id": "h-one"},
+            {"role": "user", "content": "x", "id": 1},
+            {"type": "pdf", "content": "x", "id": "h-one"},
+            {"role": ["user"], "content": "x", "id": "h-one"},
+            ("user", "h-one"),
+        ],
+        "row": {"role": "user", "content": "x", "id": "h-one"},
+    }
     state = {"messages": conversation("one")}
-    for result in ({"messages": plain}, {"messages": [*plain, AIMessage("x", id="new")]}):
-        back = unpack_result(pack_result(result, state), {"messages": conversation("two")})
-        assert back["messages"][:3] == plain
+    for more in ([], [new]):
+        payload = pack_result({**result, "more": more}, state)
+        back = unpack_result(payload, {"messages": conversation("two")})
+        assert {**back, "more": []} == {**result, "more": []}
 
 
 def test_input_messages_without_id_are_matched_by_identity():
@@ -455,6 +536,74 @@ def test_only_what_is_referred_to_is_compared():
     """Other messages of the input may be different ones."""
     _, back = replayed(edited, conversation("one"), [AIMessage("!"), *conversation("two")[1:2]])
     assert back[0].id == "h-two"
+
+
+LONG = "0a1b2c3d"
+INPUT = conversation(LONG)
+TEXTS: dict[str, tuple[Any, str]] = {
+    "field": ({"last_id": INPUT[1].id}, "result['last_id']"),
+    "call": ({"done": [1, INPUT[2].tool_calls[0]["id"]]}, "result['done'][1]"),
+    "bare": (INPUT[1].id, "result"),
+    "tuple": ([{"a": (INPUT[1].id,)}], "result[0]['a'][0]"),
+    "set": ({"seen": {INPUT[1].id}}, "result['seen'] item"),
+    "key": ({"seen": {INPUT[1].id: 1}}, "result['seen'] key"),
+    "odd key": ({(1, INPUT[1].id): 1}, "result key[1]"),
+    "data": (Data([], note=INPUT[1].id), "result.note"),
+    "slots": (Slotted((INPUT[1].id,)), "result.messages[0]"),
+    "model": (Model(messages=[], more=INPUT[1].id), "result.more"),
+    "command": (Command(update={"x": INPUT[1].id}), "result.update['x']"),
+    "send": (Command(goto=[Send("n", {"x": INPUT[1].id})]), "result.goto[0].arg['x']"),
+    "artifact": (
+        [ToolMessage("x", tool_call_id="", artifact={"of": INPUT[1].id})],
+        "result[0].artifact['of']",
+    ),
+    "args": (
+        [AIMessage("", tool_calls=[call("c", message=INPUT[1].id)])],
+        "result[0].tool_calls[0]['args']['message']",
+    ),
+    "bare args": ([call("call_1", message=INPUT[1].id)], "result[0]['args']['message']"),
+    "kwargs": ([AIMessage("", additional_kwargs={"a": INPUT[1].id})], "additional_kwargs['a']"),
+    "plain": (
+        [{"role": "tool", "content": "", "tool_call_id": INPUT[2].tool_calls[0]["id"]}],
+        "result[0]['tool_call_id']",
+    ),
+}
+
+
+@pytest.mark.parametrize(("result", "path"), TEXTS.values(), ids=TEXTS.keys())
+def test_an_id_of_the_input_in_plain_text_is_refused(result, path):
+    """Text cannot be rebound, and another input would be handed an id it does not know."""
+    with pytest.raises(EncodeError, match="id of a message or tool call of the input") as info:
+        pack_result(result, {"messages": INPUT})
+    assert info.value.path.endswith(path)
+    assert str(info.value).startswith(info.value.path)
+    payload = pack_result(result, {"messages": conversation("other")})
+    assert unpack_result(payload, {}) is not None
+
+
+def test_the_call_ids_a_node_was_sent_are_refused_in_plain_text():
+    """Tool calls sent without their message have ids of their run all the same."""
+    with pytest.raises(EncodeError, match="id of a message or tool call"):
+        pack_result({"done": "call_1234"}, [call("call_1234")])
+
+
+def test_text_that_is_no_reference_is_stored():
+    """Only an id as a whole counts, not a short one, and not what the messages themselves say."""
+    human, ai = INPUT[1], INPUT[2]
+    results = [
+        {"a": f"{human.id} ", "b": f"[{human.id}]", "c": human.id.upper(), "d": human.id.encode()},
+        [HumanMessage(human.id), AIMessage([{"type": "text", "text": human.id}])],
+        [{"role": "user", "content": human.id}, {"type": "ai", "content": [human.id], "id": "1"}],
+        [AIMessage("", response_metadata={"id": human.id})],
+        [*INPUT, *everywhere("call_new")],
+        [*ai.tool_calls],
+        [{"role": "user", "content": "x", "id": human.id}],
+    ]
+    for result in results:
+        payload = pack_result(result, {"messages": INPUT})
+        unpack_result(payload, {"messages": conversation("another")})
+    payload = pack_result({"a": "h-12345"}, [HumanMessage("x", id="h-12345")])
+    assert unpack_result(payload, []) == {"a": "h-12345"}
 
 
 def test_a_message_out_of_reach_is_refused():
@@ -564,6 +713,30 @@ def test_spent_tokens_adds_up_what_the_messages_say():
     odd = AIMessage("x")
     odd.usage_metadata = {"total_tokens": "many"}
     assert spent_tokens(odd) == 0
+
+
+def test_spent_tokens_never_raises():
+    """A result that cannot even be looked at has spent nothing that is known of."""
+
+    class Sealed(list):
+        def __iter__(self) -> Any:
+            raise RuntimeError("no")
+
+    class Moody(AIMessage):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "usage_metadata":
+                raise LookupError(name)
+            return super().__getattribute__(name)
+
+    @dataclasses.dataclass
+    class Hostile:
+        x: Any = None
+
+        def __getattribute__(self, name: str) -> Any:
+            raise ValueError(name)
+
+    for result in (Sealed([1]), {"a": Sealed([1])}, Moody("x"), Hostile()):
+        assert spent_tokens(result) == 0
 
 
 # -- any history ----------------------------------------------------------------------------------

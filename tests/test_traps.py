@@ -70,7 +70,7 @@ class State(TypedDict, total=False):
     path: Annotated[list[str], operator.add]
 
 
-# -- 1 ----------------------------------------------------------------------------------------------
+# -- 1 --------------------------------------------------------------------------------------------
 
 
 def context_leak(lib: Library) -> tuple[str, str]:
@@ -102,7 +102,7 @@ def test_1_context_is_in_the_key() -> None:
     assert context_leak(PERF) == ("for alice", "for bob")
 
 
-# -- 2 ----------------------------------------------------------------------------------------------
+# -- 2 --------------------------------------------------------------------------------------------
 
 
 def cached_branch(lib: Library) -> list[str]:
@@ -133,7 +133,7 @@ def test_2_conditional_edges_are_evaluated_on_every_hit() -> None:
     assert cached_branch(PERF) == ["left", "right"]
 
 
-# -- 3 ----------------------------------------------------------------------------------------------
+# -- 3 --------------------------------------------------------------------------------------------
 
 
 def _work(state: State) -> State:
@@ -167,7 +167,7 @@ def test_3_a_hit_goes_on_to_nodes_added_later() -> None:
     assert redeployed(PERF) == ["work", "review"]
 
 
-# -- 4 ----------------------------------------------------------------------------------------------
+# -- 4 --------------------------------------------------------------------------------------------
 
 
 def approval(lib: Library) -> bool:
@@ -198,7 +198,7 @@ def test_4_every_thread_is_asked() -> None:
     assert approval(PERF) is True
 
 
-# -- 5 ----------------------------------------------------------------------------------------------
+# -- 5 --------------------------------------------------------------------------------------------
 
 
 class Chat(TypedDict):
@@ -239,7 +239,7 @@ def test_5_replayed_messages_are_new_messages() -> None:
     assert asked_again(PERF) == ["A", "re A", "B", "re B", "A", "re A"]
 
 
-# -- 6 ----------------------------------------------------------------------------------------------
+# -- 6 --------------------------------------------------------------------------------------------
 
 
 def same_text(lib: Library) -> int:
@@ -271,7 +271,7 @@ def test_6_the_same_text_hits() -> None:
     assert same_text(PERF) == 1
 
 
-# -- 7 ----------------------------------------------------------------------------------------------
+# -- 7 --------------------------------------------------------------------------------------------
 
 
 class Anything(TypedDict, total=False):
@@ -373,7 +373,7 @@ def test_7_order_and_hash_seed_do_not_count(tmp_path: Path) -> None:
     assert printed == ["ran\n", ""]
 
 
-# -- 8 ----------------------------------------------------------------------------------------------
+# -- 8 --------------------------------------------------------------------------------------------
 
 
 def colliding(lib: Library) -> list[str]:
@@ -406,7 +406,7 @@ def test_8_state_of_callable_objects_counts() -> None:
     assert colliding(PERF) == ["small", "large"]
 
 
-# -- 9 ----------------------------------------------------------------------------------------------
+# -- 9 --------------------------------------------------------------------------------------------
 
 
 def equal_sends(lib: Library) -> list[int]:
@@ -441,7 +441,7 @@ def test_9_equal_sends_run_once() -> None:
     assert equal_sends(PERF) == [1, 0]
 
 
-# -- 10 ---------------------------------------------------------------------------------------------
+# -- 10 -------------------------------------------------------------------------------------------
 
 
 def stampede(lib: Library) -> int:
@@ -468,7 +468,7 @@ def stampede(lib: Library) -> int:
     threads = [threading.Thread(target=run) for _ in range(20)]
     for thread in threads:
         thread.start()
-    while not runs:
+    while len(runs) < (1 if lib.name == "perf" else 20):
         pass
     if lib.name == "perf":
         flights = _flights(graph)
@@ -492,8 +492,8 @@ def _flights(graph: Any) -> Any:
 
 @reproduced
 def test_10_builtin_runs_every_caller() -> None:
-    """Twenty callers at once make the built-in cache run the node many times."""
-    assert stampede(BUILTIN) > 1
+    """Twenty callers at once make the built-in cache run the node twenty times."""
+    assert stampede(BUILTIN) == 20
 
 
 def test_10_one_caller_runs() -> None:
@@ -501,7 +501,7 @@ def test_10_one_caller_runs() -> None:
     assert stampede(PERF) == 1
 
 
-# -- 12 ---------------------------------------------------------------------------------------------
+# -- 12 -------------------------------------------------------------------------------------------
 
 
 class Broken(InMemoryCache[Any]):
@@ -557,7 +557,7 @@ def test_12_a_result_that_cannot_be_stored_is_returned(caplog: pytest.LogCapture
     assert "'out'" in caplog.text
 
 
-# -- 13: clear reaches neighbours (Redis itself comes with its own cache) ----------------------------
+# -- 13: clear reaches neighbours (Redis itself comes with its own cache) -------------------------
 
 
 def test_13_clearing_a_namespace_leaves_its_neighbours(cache: BaseCache[Any]) -> None:
@@ -567,7 +567,7 @@ def test_13_clearing_a_namespace_leaves_its_neighbours(cache: BaseCache[Any]) ->
     assert cache.get([(("a",), "k"), (("a", "b"), "k")]) == {(("a", "b"), "k"): 2}
 
 
-# -- 14 ---------------------------------------------------------------------------------------------
+# -- 14 -------------------------------------------------------------------------------------------
 
 
 def test_14_memory_is_bounded_and_swept() -> None:
@@ -581,7 +581,7 @@ def test_14_memory_is_bounded_and_swept() -> None:
     assert cache.stats().entries == 0
 
 
-# -- 15 ---------------------------------------------------------------------------------------------
+# -- 15 -------------------------------------------------------------------------------------------
 
 
 def subgraph_runs(lib: Library) -> int:
@@ -619,7 +619,7 @@ def test_15_subgraphs_inherit_the_cache() -> None:
     assert subgraph_runs(PERF) == 1
 
 
-# -- 16 ---------------------------------------------------------------------------------------------
+# -- 16 -------------------------------------------------------------------------------------------
 
 
 def edited(lib: Library) -> list[str]:

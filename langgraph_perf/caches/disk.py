@@ -178,8 +178,8 @@ class DiskCache(TokenCache):
                 con.execute("DELETE FROM Cache WHERE key = ? AND raw = 1", (name,))
                 self._evict(con, size)
             con.execute(_UPSERT, (name, now, entry.expires, now, head, body))
-            if lease is not None:
-                con.execute("DELETE FROM Leases WHERE key = ?", (name,))
+            # a write without a lease (a refresh) supersedes whoever computes the key now
+            con.execute("DELETE FROM Leases WHERE key = ?", (name,))
         self._tally.add(writes=1)
         return True
 

@@ -107,7 +107,7 @@ class TieredCache(Cache):
         for cache in caches:
             if not isinstance(cache, Cache):
                 raise ConfigurationError(
-                    "TieredCache takes caches of this library (MemoryCache, DiskCache, RedisCache,"
+                    "TieredCache takes caches of this library (MemoryCache, DiskCache,"
                     f" ...), got {cache!r}"
                 )
             flat.extend(cache.tiers if isinstance(cache, TieredCache) else [cache])
