@@ -205,10 +205,7 @@ def compare(
         finally:
             gc.enable()
 
-    # what exists by now is not for the collections between the batches to walk
-    gc.collect()
-    gc.freeze()
-    try:
+    with frozen():
         slower = 0.0
         for _ in range(2):  # the first time warms up, the second tells how many calls fit
             slower = max(timed(ours, 1), timed(theirs, 1))
@@ -221,9 +218,18 @@ def compare(
             # A B, then B A: neither side always runs second
             for side in (0, 1) if number % 2 else (1, 0):
                 seconds[side].append(timed((ours, theirs)[side], calls))
+    return Comparison(*seconds)
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """What exists by now is not for the garbage collections between batches to walk."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
     finally:
         gc.unfreeze()
-    return Comparison(*seconds)
 
 
 @contextmanager

@@ -45,6 +45,7 @@ from benchmarks._harness import (
     each,
     each_awaited,
     event_loop,
+    frozen,
     output,
     result,
     start,
@@ -302,7 +303,8 @@ def keying(effort: Effort) -> Iterator[Result]:
     lengths = sorted({effort.scaled(n, 20) // 2 * 2 for n in (100, 500, 1000, 2000)})
     for agent in (False, True):
         messages = conversation(lengths[-1], agent=agent)
-        rounds = [_grow(messages, lengths, turns, n % 2) for n in range(effort.at_most(21) + 1)]
+        with frozen():
+            rounds = [_grow(messages, lengths, turns, n % 2) for n in range(effort.at_most(21) + 1)]
         del rounds[0]  # that one warmed up
         for n in lengths:
             yield result(
