@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, cast
@@ -254,7 +255,7 @@ def _field_names(schema: Any) -> set[str]:
     """The fields a context schema declares; empty where that cannot be told."""
     names: set[str] = set()
     for base in getattr(schema, "__mro__", ()):
-        names.update(base.__dict__.get("__annotations__", {}))
+        names.update(inspect.get_annotations(base))
     return names
 
 

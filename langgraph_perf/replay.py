@@ -7,7 +7,8 @@ are replaced by fresh ones and the others by the ids that the same messages have
 hand. Tool-call ids are treated likewise. Whatever refers to one id refers to one id afterwards.
 
 Only the places that hold ids are rewritten: a message's ``id``, and for tool calls those listed in
-``_slots``. Equal text elsewhere is left alone, and so are messages in dict or tuple form.
+``_slots``. Of messages in dict form only the ``id`` is. An id of the input elsewhere in a result is
+text that cannot be told from a reference, so such a result is not stored.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import datetime as dt
 import re
 import uuid
 from collections import deque
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any
 
@@ -33,6 +35,12 @@ _PLANNED = b"R"
 """First byte of a payload with a plan: no payload of the codec begins with it."""
 _CALL_TYPE = b"\xa9tool_call"
 """How the codec writes the ``type`` of a tool call."""
+_CONTENT, _ID = b"\xa7content", b"\xa2id"
+"""How the codec writes two keys that every message in dict form has."""
+_ROLES = frozenset(
+    ["ai", "assistant", "developer", "function", "human", "remove", "system", "tool", "user"]
+)
+"""What LangChain takes as ``role`` or ``type`` of a message in dict form."""
 
 _CALL_LISTS = ("tool_calls", "invalid_tool_calls", "tool_call_chunks")
 _CALL_BLOCKS = frozenset(
@@ -75,15 +83,8 @@ def pack_result(result: Any, state: Any) -> bytes:
     """
     messages: list[BaseMessage] = []
     payload = encode(result, messages=messages)
-    if not messages and _CALL_TYPE not in payload:
-        return payload
-    carriers = _carriers(result, tree=True)
-    if sum(map(_is_message, carriers)) != len(messages):
-        raise EncodeError("a message lies where it cannot be given a new id on replay")
-    if not carriers:
-        return payload
     try:
-        plan = _make_plan(carriers, state)
+        plan = _plan_for(result, payload, len(messages), state)
     except EncodeError:
         raise
     except Exception as exc:
@@ -122,20 +123,48 @@ def unpack_result(payload: bytes, state: Any, allowed: Allowlist | None = None) 
 
 
 def spent_tokens(result: Any) -> int:
-    """How many tokens the messages in ``result`` say a language model spent on them."""
+    """How many tokens the messages in ``result`` say a language model spent on them.
+
+    It never raises: a result that cannot be looked at counts as 0.
+    """
     total = 0
-    for message in {id(carrier): carrier for carrier in _carriers(result, tree=False)}.values():
-        usage = getattr(message, "usage_metadata", None)
-        tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-        if type(tokens) is int:
-            total += tokens
+    try:
+        for message in {id(carrier): carrier for carrier in _carriers(result, tree=False)}.values():
+            usage = getattr(message, "usage_metadata", None)
+            tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+            if type(tokens) is int:
+                total += tokens
+    except Exception:
+        return 0
     return total
 
 
 # -- plans ----------------------------------------------------------------------------------------
 
 
-def _make_plan(carriers: list[Any], state: Any) -> dict[str, Any] | None:
+def _plan_for(result: Any, payload: bytes, messages: int, state: Any) -> dict[str, Any] | None:
+    """The plan to store with a result; ``None`` if none of its ids changes on replay."""
+    carriers = []
+    if messages or _CALL_TYPE in payload or (_CONTENT in payload and _ID in payload):
+        carriers = _carriers(result, tree=True)
+    if sum(type(carrier) is not dict for carrier in carriers) != messages:
+        raise EncodeError("a message lies where it cannot be given a new id on replay")
+    texts: dict[str, str] = {}
+    _find_texts(result, "result", texts)
+    if not carriers and not texts:
+        return None
+    inputs = _carriers(state, tree=False)
+    for text in _ids_in(inputs) if texts else ():
+        if text in texts:
+            raise EncodeError(
+                f"{text!r} is the id of a message or tool call of the input, which other inputs "
+                "with the same content do not have",
+                texts[text],
+            )
+    return _make_plan(carriers, inputs)
+
+
+def _make_plan(carriers: list[Any], inputs: list[Any]) -> dict[str, Any] | None:
     """Which of the result's ids name something in the input; ``None`` if it has no ids at all.
 
     A plan is plain data::
@@ -149,15 +178,17 @@ def _make_plan(carriers: list[Any], state: Any) -> dict[str, Any] | None:
     places = [(i, slot) for i, carrier in enumerate(carriers) for slot in _slots(carrier)]
     call_ids = {holder[key] for _, (holder, key) in places if _is_id(holder[key])}
     found = [(i, carrier) for i, carrier in enumerate(carriers) if _is_message(carrier)]
-    message_ids = {carrier.id for _, carrier in found if not _removes_all(carrier)} - {None}
-    nameless = [(i, carrier) for i, carrier in found if carrier.id is None]
+    # that one id is no id but the instruction to remove all messages
+    message_ids = {_own(carrier)["id"] for _, carrier in found} - {None, REMOVE_ALL_MESSAGES}
+    nameless = [(i, carrier) for i, carrier in found if _own(carrier)["id"] is None]
 
-    inputs = _carriers(state, tree=False)
     ids: dict[str, int] = {}
     calls: dict[str, list[int]] = {}
     for i, carrier in enumerate(inputs):
-        if message_ids and _is_message(carrier) and carrier.id in message_ids:
-            ids.setdefault(carrier.id, i)
+        if message_ids and _is_message(carrier):
+            name = _own(carrier)["id"]
+            if name in message_ids:
+                ids.setdefault(name, i)
         if call_ids:
             for k, (holder, key) in enumerate(_slots(carrier)):
                 if _is_id(holder[key]) and holder[key] in call_ids:
@@ -189,24 +220,25 @@ def _rebind(result: Any, plan: dict[str, Any], state: Any) -> None:
             raise DecodeError(f"the result refers to an input message: {exc!r:.200}") from exc
         if not fits:
             raise DecodeError("the result refers to an input message that is another one now")
-    ids = {old: _id(inputs[i].id) for old, i in plan["ids"].items()}
+    ids = {old: _id(_own(inputs[i])["id"]) for old, i in plan["ids"].items()}
     calls = {}
     for old, (i, k) in plan["calls"].items():
         holder, key = _slots(inputs[i])[k]
         calls[old] = _id(holder[key])
     same = dict(plan["same"])
+    created = {_own(c)["id"] for c in carriers if _is_message(c) and not _removes(c)}
 
     for i, carrier in enumerate(carriers):
         if _is_message(carrier):
             # in __dict__, because a subclass may be frozen or validate assignments
-            own = carrier.__dict__
-            if own["id"] is None:
+            own = _own(carrier)
+            old = own["id"]
+            if old is None:
                 if i in same:
                     own["id"] = inputs[same[i]].id
-            elif not _removes_all(carrier):
-                if own["id"] not in ids:
-                    ids[own["id"]] = str(uuid.uuid4())
-                own["id"] = ids[own["id"]]
+            elif old in ids or old in created:
+                own["id"] = ids.setdefault(old, str(uuid.uuid4()))
+            # else it removes a message that neither input nor result shows
         for holder, key in _slots(carrier):
             old = holder[key]
             if _is_id(old):
@@ -214,7 +246,7 @@ def _rebind(result: Any, plan: dict[str, Any], state: Any) -> None:
                     calls[old] = _fresh_call(old)
                 holder[key] = calls[old]
     for carrier in carriers:
-        if _is_message(carrier):
+        if type(carrier) is not dict:
             _rename_notes(carrier.__dict__.get("additional_kwargs"), calls)
 
 
@@ -245,20 +277,22 @@ def _rename_notes(kwargs: Any, calls: dict[str, str]) -> None:
             kwargs[name] = {calls.get(key, key): note for key, note in notes.items()}
 
 
-def _removes_all(message: BaseMessage) -> bool:
-    """Whether its id is no id but the instruction to remove all messages."""
-    return message.id == REMOVE_ALL_MESSAGES and isinstance(message, RemoveMessage)
+def _removes(message: Any) -> bool:
+    """Whether it names a message to remove, and creates none."""
+    return (
+        _role(message) == "remove" if type(message) is dict else isinstance(message, RemoveMessage)
+    )
 
 
 def _digest(carrier: Any) -> bytes:
     """The digest of what a carrier says, whatever its ids."""
-    if _is_message(carrier):
+    if type(carrier) is not dict:
         # not at import: keys are only needed by results that refer to their input
         from langgraph_perf.keys import message_digest
 
         return message_digest(carrier)
-    call = sorted((key, value) for key, value in carrier.items() if key != "id")
-    return blake2b(encode(call), digest_size=20).digest()
+    fields = sorted((key, value) for key, value in carrier.items() if key != "id")
+    return blake2b(encode(fields), digest_size=20).digest()
 
 
 # -- where ids are --------------------------------------------------------------------------------
@@ -267,7 +301,7 @@ def _digest(carrier: Any) -> bytes:
 def _slots(carrier: Any) -> list[tuple[dict[str, Any], str]]:
     """The places of a carrier that hold tool-call ids, as (dict, key), in a fixed order."""
     if type(carrier) is dict:
-        return [(carrier, "id")]
+        return [(carrier, "id")] if _is_call(carrier) else []
     own = carrier.__dict__
     slots = [
         (call, "id")
@@ -297,7 +331,8 @@ _NO_MESSAGES = frozenset([*_CALL_LISTS, "content", "response_metadata", "usage_m
 
 
 def _carriers(value: Any, *, tree: bool) -> list[Any]:
-    """What carries ids in ``value``: messages and bare tool calls, in a fixed order.
+    """What carries ids in ``value``: messages, in lists also those in dict form, and bare tool
+    calls, in a fixed order.
 
     The order is that of sorted keys where all keys are strings, else that of insertion.
 
@@ -318,6 +353,7 @@ def _collect(
         return
     mro = kind.__mro__
     inside: Any
+    listed = False
     if BaseMessage in mro:
         # every time, since an equal state may hold equal messages instead of one message twice
         found.append(value)
@@ -340,6 +376,7 @@ def _collect(
         inside = _values(value)
     elif list in mro or tuple in mro or deque in mro:
         inside = value
+        listed = list in mro
     elif BaseModel in mro:
         parts = value.__dict__, value.__pydantic_extra__, value.__pydantic_private__
         inside = [item for part in parts if part for item in _values(part)]
@@ -354,6 +391,8 @@ def _collect(
         return
     seen.add(id(value))
     for item in inside:
+        if listed and type(item) is dict and _is_plain_message(item):
+            found.append(item)
         _collect(item, found, seen, tree, calls, depth + 1)
     if tree:
         seen.discard(id(value))
@@ -365,9 +404,26 @@ def _values(mapping: dict[Any, Any]) -> list[Any]:
     return list(mapping.values())
 
 
+def _own(message: Any) -> dict[str, Any]:
+    """The dict that holds the fields of a message, whatever its form."""
+    own: dict[str, Any] = message if type(message) is dict else message.__dict__
+    return own
+
+
 def _is_message(carrier: Any) -> bool:
     """Whether a carrier is a message, and not a bare tool call."""
-    return type(carrier) is not dict
+    return type(carrier) is not dict or not _is_call(carrier)
+
+
+def _is_plain_message(value: dict[Any, Any]) -> bool:
+    """Whether it is a message in dict form that has an id."""
+    return type(value.get("id")) is str and _role(value) is not None and not _is_call(value)
+
+
+def _role(value: dict[Any, Any]) -> str | None:
+    """The role of a message in dict form; ``None`` if it is none."""
+    role = value.get("role", value.get("type"))
+    return role if type(role) is str and role in _ROLES and "content" in value else None
 
 
 def _is_call(value: dict[Any, Any]) -> bool:
@@ -377,3 +433,97 @@ def _is_call(value: dict[Any, Any]) -> bool:
         and "name" in value
         and "args" in value
     )
+
+
+# -- text that may be an id -----------------------------------------------------------------------
+
+
+_MUTE = _LEAVES - {str}
+_UNREAD = frozenset(["content", "id", "response_metadata", "tool_call_id", "usage_metadata"])
+"""Fields of a message whose text is no reference, or is rewritten."""
+
+
+def _ids_in(carriers: list[Any]) -> Iterable[Any]:
+    """The ids of messages and tool calls."""
+    for carrier in carriers:
+        if _is_message(carrier):
+            yield _own(carrier)["id"]
+        for holder, key in _slots(carrier):
+            yield holder[key]
+
+
+def _may_be_id(text: str) -> bool:
+    """Whether it looks like a generated id: shorter text equals one by chance."""
+    return 8 <= len(text) <= 128 and len(text.split(None, 1)) == 1 and not text[-1].isspace()
+
+
+def _find_texts(
+    value: Any,
+    where: str,
+    found: dict[str, str],
+    slots: frozenset[tuple[int, str]] = frozenset(),
+    listed: bool = False,
+) -> None:
+    """Note all text in a result that may be an id and will not be rewritten, with its path.
+
+    Args:
+        slots: the places in the message at hand that are rewritten, as (id of the dict, key).
+        listed: whether the value is an element of a list.
+    """
+    kind = type(value)
+    if kind is str:
+        if _may_be_id(value):
+            found.setdefault(value, where)
+        return
+    if kind in _MUTE:
+        return
+    mro = kind.__mro__
+    items: Iterable[tuple[Any, Any]]
+    step = ".%s"
+    in_list = False
+    if BaseMessage in mro:
+        slots = frozenset((id(holder), key) for holder, key in _slots(value))
+        fields = {**value.__dict__, **(value.__pydantic_extra__ or {})}
+        items = [(name, item) for name, item in fields.items() if item and name not in _UNREAD]
+    elif dict in mro:
+        step = "[%r]"
+        items = value.items()
+        if kind is dict and _is_call(value):
+            items = [(key, item) for key, item in items if key != "id"]
+        elif listed and kind is dict and _role(value) is not None:
+            items = [(key, item) for key, item in items if key not in ("content", "id")]
+        elif slots:
+            items = [
+                (key, item)
+                for key, item in items
+                if (id(value), key) not in slots and key not in _NOTES
+            ]
+        for key, _ in items:
+            # names of fields are words; an id has a digit or a dash
+            if type(key) is not str or (_may_be_id(key) and not key.replace("_", "").isalpha()):
+                _find_texts(key, f"{where} key", found)
+    elif list in mro or tuple in mro or deque in mro:
+        if _MUTE.issuperset(map(type, value)):
+            return
+        step = "[%r]"
+        items = enumerate(value)
+        in_list = list in mro
+    elif set in mro or frozenset in mro:
+        step = " item"
+        items = [((), item) for item in value]
+    elif BaseModel in mro:
+        parts = value.__dict__, value.__pydantic_extra__, value.__pydantic_private__
+        items = [pair for part in parts if part for pair in part.items()]
+    elif kind is Send:
+        items = [("arg", value.arg)]
+    elif dataclasses.is_dataclass(kind):
+        own = getattr(value, "__dict__", {})
+        names = [f.name for f in dataclasses.fields(kind) if f.name not in own]
+        items = [*own.items(), *((name, getattr(value, name, None)) for name in names)]
+    else:
+        return
+    for key, item in items:
+        kind = type(item)
+        if kind not in _MUTE and (kind is not str or _may_be_id(item)):
+            path = where + (step % (key,) if step != " item" else step)
+            _find_texts(item, path, found, slots, in_list)

@@ -81,7 +81,7 @@ async def asame(scenario: Callable[[Twin], Any]) -> None:
 
 
 def everything(twin: Twin) -> Any:
-    """A graph with a streaming model, a chain, a custom stream, a subgraph, a Command and a Send."""
+    """A streaming model, a chain, a custom stream, a subgraph, a Command and a Send."""
     model = GenericFakeChatModel(messages=iter([AIMessage(f"word by word {i}") for i in range(9)]))
 
     def talk(state: State) -> State:
@@ -192,7 +192,8 @@ def test_state_history_and_subgraph_state() -> None:
         graph = everything(twin)
         graph.invoke(INPUT, twin.config())
         names = [name for name, _ in graph.get_subgraphs(recurse=True)]
-        return [graph.get_state(twin.config(), subgraphs=True), names, *list(graph.get_state_history(twin.config()))]
+        history = list(graph.get_state_history(twin.config()))
+        return graph.get_state(twin.config(), subgraphs=True), names, history
 
     same(scenario)
 

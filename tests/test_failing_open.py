@@ -1,4 +1,4 @@
-"""The cache fails open (S2): whatever happens to a backend, every run ends with the right answer."""
+"""The cache fails open (S2): whatever happens to a backend, every run ends well."""
 
 from __future__ import annotations
 

@@ -121,9 +121,9 @@ def test_defaults_are_checked_at_compile() -> None:
 @pytest.mark.parametrize("policy", [5, "60", {"ttl": 60}, InMemoryCache()])
 def test_what_is_no_policy_is_refused(policy: Any) -> None:
     """``cache_policy=`` of another type is refused by ``add_node`` and ``set_node_defaults``."""
-    with pytest.raises(ConfigurationError, match="langgraph_perf.CachePolicy"):
+    with pytest.raises(ConfigurationError, match=r"langgraph_perf\.CachePolicy"):
         build(policy)
-    with pytest.raises(ConfigurationError, match="langgraph_perf.CachePolicy"):
+    with pytest.raises(ConfigurationError, match=r"langgraph_perf\.CachePolicy"):
         StateGraph(State).set_node_defaults(cache_policy=policy)
 
 

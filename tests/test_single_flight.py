@@ -114,7 +114,7 @@ async def test_threads_tasks_and_processes_share_one_run(tmp_path: Path) -> None
     with DiskCache(tmp_path / "cache") as cache, ThreadPoolExecutor(20) as pool:
         graph = build(node, cache)
         processes = [
-            subprocess.Popen(
+            subprocess.Popen(  # noqa: ASYNC220 - nothing else runs on the loop yet
                 [sys.executable, "-c", script, str(tmp_path / "cache")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -34,8 +34,8 @@ class Registry(Mapping[str, Resource[Any]]):
     def __init__(self, resources: Mapping[str, Resource[Any]] | None = None) -> None:
         if resources is not None and not isinstance(resources, Mapping):
             raise ConfigurationError(
-                f"resources: got {resources!r}; accepted: a mapping of names to Pool, Shared, Keyed "
-                "or FromContext, such as {'db': Pool(connect)}"
+                f"resources: got {resources!r}; accepted: a mapping of names to Pool, Shared, "
+                "Keyed or FromContext, such as {'db': Pool(connect)}"
             )
         self._resources = dict(resources or {})
         for name, resource in self._resources.items():
