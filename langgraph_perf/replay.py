@@ -149,18 +149,13 @@ def _plan_for(result: Any, payload: bytes, messages: int, state: Any) -> dict[st
         carriers = _carriers(result, tree=True)
     if sum(type(carrier) is not dict for carrier in carriers) != messages:
         raise EncodeError("a message lies where it cannot be given a new id on replay")
-    texts: dict[str, str] = {}
-    _find_texts(result, "result", texts)
+    texts: dict[str, _Path] = {}
+    _find_texts(result, ("result",), texts)
     if not carriers and not texts:
         return None
     inputs = _carriers(state, tree=False)
-    for text in _ids_in(inputs) if texts else ():
-        if text in texts:
-            raise EncodeError(
-                f"{text!r} is the id of a message or tool call of the input, which other inputs "
-                "with the same content do not have",
-                texts[text],
-            )
+    if texts:
+        _refuse_texts(texts, inputs)
     return _make_plan(carriers, inputs)
 
 
@@ -439,91 +434,122 @@ def _is_call(value: dict[Any, Any]) -> bool:
 
 
 _MUTE = _LEAVES - {str}
-_UNREAD = frozenset(["content", "id", "response_metadata", "tool_call_id", "usage_metadata"])
+_may_be_id = re.compile(r"\S{8,128}").fullmatch
+"""What a generated id looks like: shorter text equals one by chance."""
+_UNREAD = frozenset(
+    ["content", "id", "response_metadata", "tool_call_id", "type", "usage_metadata"]
+)
 """Fields of a message whose text is no reference, or is rewritten."""
+_Path = tuple[Any, ...]
+"""``("result",)``, or an outer path, the format of a step, and what to fill in."""
 
 
-def _ids_in(carriers: list[Any]) -> Iterable[Any]:
-    """The ids of messages and tool calls."""
-    for carrier in carriers:
+def _refuse_texts(texts: dict[str, _Path], inputs: list[Any]) -> None:
+    """Raise if one of these texts is the id of a message or tool call of the input."""
+    for carrier in inputs:
+        ids = [holder[key] for holder, key in _slots(carrier)]
         if _is_message(carrier):
-            yield _own(carrier)["id"]
-        for holder, key in _slots(carrier):
-            yield holder[key]
+            ids.append(_own(carrier)["id"])
+        for text in ids:
+            if text in texts:
+                raise EncodeError(
+                    f"{text!r} is the id of a message or tool call of the input, which other "
+                    "inputs with the same content do not have",
+                    _rendered(texts[text]),
+                )
 
 
-def _may_be_id(text: str) -> bool:
-    """Whether it looks like a generated id: shorter text equals one by chance."""
-    return 8 <= len(text) <= 128 and len(text.split(None, 1)) == 1 and not text[-1].isspace()
+def _rendered(path: _Path) -> str:
+    steps = []
+    while len(path) > 1:
+        path, step, label = path
+        steps.append(step % (label,))
+    return "".join([*path, *reversed(steps)])
 
 
 def _find_texts(
     value: Any,
-    where: str,
-    found: dict[str, str],
+    path: _Path,
+    found: dict[str, _Path],
     slots: frozenset[tuple[int, str]] = frozenset(),
     listed: bool = False,
 ) -> None:
-    """Note all text in a result that may be an id and will not be rewritten, with its path.
+    """Note all text in a result that may be an id and is not rewritten, with its path.
 
     Args:
         slots: the places in the message at hand that are rewritten, as (id of the dict, key).
         listed: whether the value is an element of a list.
     """
     kind = type(value)
+    items: Iterable[tuple[Any, Any]]
+    step = "[%r]"
+    in_list = False
     if kind is str:
         if _may_be_id(value):
-            found.setdefault(value, where)
+            found.setdefault(value, path)
         return
-    if kind in _MUTE:
-        return
-    mro = kind.__mro__
-    items: Iterable[tuple[Any, Any]]
-    step = ".%s"
-    in_list = False
-    if BaseMessage in mro:
+    if issubclass(kind, dict):
+        items = value.items()
+        if slots or "type" in value or "role" in value:
+            items = _unwritten(value, slots, listed)
+        for key, _ in items:
+            if type(key) is str:
+                # names of fields are words; an id has a digit or a dash
+                if len(key) < 8 or key.isalpha() or key.replace("_", "").isalpha():
+                    continue
+            if type(key) not in _MUTE:
+                _find_texts(key, (path, " key%.0s", key), found)
+    elif issubclass(kind, (list, tuple, deque)):
+        if _MUTE.issuperset(map(type, value)):
+            return
+        items = enumerate(value)
+        in_list = issubclass(kind, list)
+    elif issubclass(kind, (set, frozenset)):
+        step = " item%.0s"  # it has no place
+        items = enumerate(value)
+    elif issubclass(kind, BaseMessage):
+        step = ".%s"
         slots = frozenset((id(holder), key) for holder, key in _slots(value))
         fields = {**value.__dict__, **(value.__pydantic_extra__ or {})}
         items = [(name, item) for name, item in fields.items() if item and name not in _UNREAD]
-    elif dict in mro:
-        step = "[%r]"
-        items = value.items()
-        if kind is dict and _is_call(value):
-            items = [(key, item) for key, item in items if key != "id"]
-        elif listed and kind is dict and _role(value) is not None:
-            items = [(key, item) for key, item in items if key not in ("content", "id")]
-        elif slots:
-            items = [
-                (key, item)
-                for key, item in items
-                if (id(value), key) not in slots and key not in _NOTES
-            ]
-        for key, _ in items:
-            # names of fields are words; an id has a digit or a dash
-            if type(key) is not str or (_may_be_id(key) and not key.replace("_", "").isalpha()):
-                _find_texts(key, f"{where} key", found)
-    elif list in mro or tuple in mro or deque in mro:
-        if _MUTE.issuperset(map(type, value)):
-            return
-        step = "[%r]"
-        items = enumerate(value)
-        in_list = list in mro
-    elif set in mro or frozenset in mro:
-        step = " item"
-        items = [((), item) for item in value]
-    elif BaseModel in mro:
-        parts = value.__dict__, value.__pydantic_extra__, value.__pydantic_private__
-        items = [pair for part in parts if part for pair in part.items()]
-    elif kind is Send:
-        items = [("arg", value.arg)]
-    elif dataclasses.is_dataclass(kind):
-        own = getattr(value, "__dict__", {})
-        names = [f.name for f in dataclasses.fields(kind) if f.name not in own]
-        items = [*own.items(), *((name, getattr(value, name, None)) for name in names)]
     else:
-        return
+        step = ".%s"
+        items = _attributes(value)
     for key, item in items:
         kind = type(item)
-        if kind not in _MUTE and (kind is not str or _may_be_id(item)):
-            path = where + (step % (key,) if step != " item" else step)
-            _find_texts(item, path, found, slots, in_list)
+        if kind is str:
+            if _may_be_id(item):
+                found.setdefault(item, (path, step, key))
+        elif kind not in _MUTE:
+            _find_texts(item, (path, step, key), found, slots, in_list)
+
+
+def _unwritten(
+    value: dict[Any, Any], slots: frozenset[tuple[int, str]], listed: bool
+) -> list[tuple[Any, Any]]:
+    """What a dict holds besides rewritten ids, and besides the content of a message."""
+    unread: Iterable[str] = ()
+    if type(value) is dict and _is_call(value):
+        unread = "id", "name", "type"
+    elif listed and _role(value) is not None:
+        unread = "content", "id", "role", "type"
+    return [
+        (key, item)
+        for key, item in value.items()
+        if key not in unread and not (slots and ((id(value), key) in slots or key in _NOTES))
+    ]
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    """The attributes of a model, a dataclass or a ``Send``."""
+    kind = type(value)
+    if issubclass(kind, BaseModel):
+        parts = value.__dict__, value.__pydantic_extra__, value.__pydantic_private__
+        return [pair for part in parts if part for pair in part.items()]
+    if kind is Send:
+        return [("arg", value.arg)]  # its node is a name, no id
+    if dataclasses.is_dataclass(kind):
+        own = getattr(value, "__dict__", {})
+        names = [f.name for f in dataclasses.fields(kind) if f.name not in own]
+        return [*own.items(), *((name, getattr(value, name, None)) for name in names)]
+    return []

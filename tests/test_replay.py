@@ -89,7 +89,7 @@ def test_a_result_without_messages_costs_nothing():
         {"question": "what is it?", "long": "x" * 129, "type": "ai"},
         None,
         [Command(goto="x")],
-        [{"type": "tool_call"}, "tool call"],
+        [{"tool_call": 1}, "tool call"],
         [{"content": "", "id": "1"}],
         b"R",
     ):
