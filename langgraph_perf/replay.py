@@ -493,11 +493,9 @@ def _find_texts(
         if slots or "type" in value or "role" in value:
             items = _unwritten(value, slots, listed)
         for key, _ in items:
-            if type(key) is str:
-                # names of fields are words; an id has a digit or a dash
-                if len(key) < 8 or key.isalpha() or key.replace("_", "").isalpha():
-                    continue
-            if type(key) not in _MUTE:
+            # names of fields are words; an id has a digit or a dash
+            word = type(key) is str and (len(key) < 8 or key.replace("_", "").isalpha())
+            if not word and type(key) not in _MUTE:
                 _find_texts(key, (path, " key%.0s", key), found)
     elif issubclass(kind, (list, tuple, deque)):
         if _MUTE.issuperset(map(type, value)):
