@@ -67,6 +67,12 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
         if is_enum and not (isinstance(member, types.FunctionType | property) and name[0] != "_"):
             continue
         yield name, member
+    doc = namespace.get("__doc__")
+    if isinstance(doc, str) and (BaseModel in mro_of(kind) or "__total__" in namespace):
+        yield (
+            "schema",
+            doc,
+        )  # a model's or TypedDict's docstring is part of what a prompt is made of
     if is_enum:
         for name, member in getattr(kind, "_member_map_", {}).items():
             yield f"= {name}", member._value_
@@ -80,20 +86,28 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
             yield f"field {name}", _Note(info.annotation)
             yield f"field {name} default", (info.default, info.default_factory)
             yield f"field {name} more", (info.alias, info.description, info.metadata)
+        decorators = getattr(kind, "__pydantic_decorators__", None)
+        for group in ("field_validators", "model_validators", "field_serializers"):
+            for name, decorator in getattr(decorators, group, {}).items():
+                info = decorator.info
+                yield (
+                    f"decorator {name}",
+                    (*(getattr(info, f, None) for f in type(info).__dataclass_fields__),),
+                )
 
 
 def _generated(member: Any) -> bool:
     """Whether a method was written by ``dataclasses``."""
-    member = getattr(member, "__wrapped__", member)
-    if not isinstance(member, types.FunctionType):
+    if type(member) is not types.FunctionType:
         return False
+    member = getattr(member, "__wrapped__", member)
     code = member.__code__
     where = getattr(code, "co_qualname", None)  # Python 3.10 has none
     return "__create_fn__" in where if where else code.co_filename == "<string>"
 
 
 def _member(walk: Walk, member: Any) -> bytes:
-    if walk.survey and isinstance(member, types.FunctionType):
+    if walk.survey and type(member) is types.FunctionType:
         walk.facts.members.add(member.__code__)
     if isinstance(member, staticmethod | classmethod):
         return text(type(member).__name__) + _member(walk, member.__func__)
@@ -101,6 +115,9 @@ def _member(walk: Walk, member: Any) -> bytes:
         return b"p" + b"".join(map(walk.or_type, (member.fget, member.fset, member.fdel)))
     if isinstance(member, functools.cached_property):
         return b"c" + walk.or_type(member.func)
+    if isinstance(member, functools.partialmethod):
+        parts = (member.func, member.args, member.keywords)
+        return b"m" + b"".join(map(walk.or_type, parts))
     if isinstance(member, tuple):  # each for itself: one part without a key must not hide the rest
         return b"u%d:%b" % (len(member), b"".join(_member(walk, part) for part in member))
     if isinstance(member, _Note):

@@ -106,7 +106,7 @@ class Facts:
                     continue
                 for step in path:
                     holder, name = value_of(holder, name), step
-                    if isinstance(holder, types.ModuleType):
+                    if types.ModuleType in mro_of(type(holder)):
                         holder = holder.__dict__
                 self._held.append(holder)
                 noted.add((id(holder), name))
@@ -134,7 +134,9 @@ class Facts:
             done.add(name)
             for base in mro_of(kind):
                 method = namespace_of(base).get(name)
-                if isinstance(method, types.FunctionType) and not is_framework(base.__module__):
+                method = method.fget if type(method) is property else method
+                method = getattr(method, "__wrapped__", method)
+                if type(method) is types.FunctionType and not is_framework(base.__module__):
                     code = method.__code__
                     own = ("local", *code.co_varnames[: min(1, code.co_argcount)])
                     known = code_of(code)
@@ -151,7 +153,7 @@ def is_container(value: Any) -> bool:
 
 def value_of(holder: Any, name: str) -> Any:
     """What a namespace, a cell or an object has under a name, without running code; or ``None``."""
-    if isinstance(holder, types.CellType):
+    if type(holder) is types.CellType:
         try:
             return holder.cell_contents
         except ValueError:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from importlib.machinery import PathFinder
 from typing import Any
 
-from langgraph_perf._canonical import Plan, Unkeyable, mro_of, text, type_name
+from langgraph_perf._canonical import Plan, Unkeyable, instance_state, mro_of, text, type_name
 from langgraph_perf._code_facts import top_level, value_of
 from langgraph_perf._code_identity import Code, Origin, code_of
 from langgraph_perf._code_walk import Walk, by_type, found_by_name
@@ -52,7 +52,7 @@ def _function_body(walk: Walk, function: types.FunctionType) -> bytes:
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             out.append(_cell(walk, name, cell))
         wrapped = function.__dict__.get("__wrapped__")
-        if isinstance(wrapped, types.FunctionType):
+        if type(wrapped) is types.FunctionType:
             out.append(walk.captured("__wrapped__", wrapped))
         home = function.__globals__.get("__name__")
         if not walk.library(home):
@@ -104,7 +104,7 @@ def _global(
     if name not in namespace:
         return b"-"  # a builtin, or not there yet
     value = namespace[name]
-    if isinstance(value, types.ModuleType):
+    if types.ModuleType in mro_of(type(value)):
         if top_level(value.__name__) != top:
             return b"N" + text(value.__name__)
         out = [b"M" + text(value.__name__)]
@@ -116,10 +116,13 @@ def _global(
         return by_type(value)
 
     def parts() -> bytes:
-        """The attributes in use of an object that as a whole has no key."""
-        out = [by_type(value)]
-        for step in sorted({path[0] for path in paths if path}):
-            part = value_of(value, step)
+        """An object that as a whole has no key: its class, and its parts one by one."""
+        out = [by_type(value), walk.or_type(type(value))]
+        inside = _inside(walk, value)
+        for step in {path[0] for path in paths if path}:
+            inside.setdefault(step, value_of(value, step))
+        for step in sorted(inside):
+            part = inside[step]
             if part is not None and not walk.facts.changes(value, step, part):
                 out.append(text(step) + walk.or_type(part))
         return b"".join(out)
@@ -128,6 +131,17 @@ def _global(
     encoded = walk.attempt(lambda: walk.encode(value), parts)
     walk.near = outer
     return encoded
+
+
+def _inside(walk: Walk, value: Any) -> dict[str, Any]:
+    """The parts of a container, or of an object whose class is the user's own."""
+    if type(value) in (list, tuple):
+        return {f"[{i}]": item for i, item in enumerate(value)}
+    if type(value) is dict:
+        return {name: item for name, item in value.items() if type(name) is str}
+    if walk.library(type(value).__module__):
+        return {}  # a client's inner life is not configuration
+    return dict(instance_state(type(value))(value))
 
 
 def _imported(
@@ -190,7 +204,8 @@ def _method(walk: Walk, method: types.MethodType) -> bytes:
     try:
         bound = walk.captured("self", method.__self__)
     except Unkeyable as exc:
-        owner = method.__self__ if isinstance(method.__self__, type) else type(method.__self__)
+        owner: Any = method.__self__
+        owner = owner if type in mro_of(type(owner)) else type(owner)
         exc.within(f"{owner.__name__}.{method.__func__.__name__}: ")
         exc.complete = True
         raise
@@ -209,7 +224,7 @@ def _partial(walk: Walk, partial: functools.partial[Any]) -> bytes:
 def _builtin(walk: Walk, function: types.BuiltinFunctionType) -> bytes:
     owner = function.__self__
     name = text(f"{function.__module__}.{function.__qualname__}")
-    if owner is None or isinstance(owner, types.ModuleType):
+    if owner is None or type(owner) is types.ModuleType:
         return b"N" + name
     return b"B" + name + walk.captured(".__self__", owner)
 

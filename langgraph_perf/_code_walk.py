@@ -11,7 +11,9 @@ second then leaves out.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextvars
+import itertools
 import logging
 import queue
 import sys
@@ -44,7 +46,7 @@ from langgraph_perf._value_types import value_plan
 
 Body: TypeAlias = Callable[["Walk", Any], bytes]
 
-# they carry no configuration
+# they carry no configuration, or are a counter
 _BY_TYPE = (
     type(threading.Lock()),
     type(threading.RLock()),
@@ -60,6 +62,9 @@ _BY_TYPE = (
     asyncio.Lock,
     asyncio.Queue,
     asyncio.Semaphore,
+    concurrent.futures.Executor,
+    concurrent.futures.Future,
+    itertools.count,
     contextvars.ContextVar,
     logging.Handler,
     logging.Logger,
@@ -96,7 +101,14 @@ class Walk(KeyEncoder):
         out = [self.captured("", root)]
         while self._waiting:
             obj, body = self._waiting.popleft()
-            out.append(b"#%d=%b" % (self._numbers[id(obj)], body(self, obj)))
+            try:
+                out.append(b"#%d=%b" % (self._numbers[id(obj)], body(self, obj)))
+            except (Unkeyable, RecursionError):
+                raise
+            except Exception as exc:  # an object that does not let itself be looked at
+                unkeyable = Unkeyable(obj.__name__, f"reading it raised {type(exc).__name__}")
+                unkeyable.complete = True
+                raise unkeyable from exc
         return b"".join(out)
 
     def plan_for(self, kind: type) -> Plan:
@@ -138,7 +150,7 @@ class Walk(KeyEncoder):
         kept, waiting, depth, near = len(self.kept), len(self._waiting), self.depth, self.near
         try:
             return encode()
-        except Unkeyable:
+        except (Unkeyable, RecursionError):
             for obj in self.kept[kept:]:
                 del self._numbers[id(obj)]
             del self.kept[kept:]
@@ -172,7 +184,7 @@ class Walk(KeyEncoder):
 
 
 def _by_names(value: Any) -> tuple[str, str]:
-    named = isinstance(value, type | types.FunctionType)
+    named = type in mro_of(type(value)) or type(value) is types.FunctionType
     return type_name(type(value)), f"{value.__module__}.{value.__qualname__}" if named else ""
 
 

@@ -61,17 +61,17 @@ def fingerprint(obj: Any) -> str:
         Unkeyable: part of the identity cannot be keyed; its path is like
             ``retrieve: closure["client"]``.
     """
-    homes = frozenset(_homes(obj))
-    survey = _NodeWalk(homes)
     try:
+        homes = frozenset(_homes(obj))
+        survey = _NodeWalk(homes)
         survey.run(obj)
         survey.facts.close()
         raw = _NodeWalk(homes, survey.facts).run(obj)
     except Unkeyable as exc:
         exc.within(_name(obj))
         raise
-    except RecursionError as exc:
-        raise Unkeyable(_name(obj), "nested too deeply") from exc
+    except Exception as exc:
+        raise Unkeyable(_name(obj), f"reading it raised {type(exc).__name__}") from exc
     return blake2b(b"langgraph_perf code 1\0" + raw, digest_size=DIGEST_SIZE).hexdigest()
 
 

@@ -35,7 +35,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.func import entrypoint
 from langgraph.graph import START, StateGraph
 from langgraph.prebuilt import ToolNode
-from pydantic import BaseModel, Field, PrivateAttr
+from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
 from langgraph_perf.fingerprint import Unkeyable, fingerprint
 from tests._fingerprint_cases.packages import Packages
@@ -366,6 +366,30 @@ def test_module_objects_without_a_key_count_by_name(monkeypatch, client):
     assert fingerprint(uses_client) != before
 
 
+class Proxy:
+    """Stands for something that is not there yet, as web frameworks' context objects do."""
+
+    @property
+    def __class__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("no context")
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("no context")
+
+
+PROXY = Proxy()
+
+
+def uses_proxy(state: Any) -> Any:
+    return PROXY.user
+
+
+def test_objects_that_refuse_to_be_looked_at_do_no_harm():
+    """An unbound proxy counts by type among the globals; a captured one is refused by name."""
+    assert fingerprint(uses_proxy) == fingerprint(uses_proxy)
+    assert path_of(make(PROXY)) == 'node: closure["k"]'
+
+
 class Settings:
     def __init__(self, model: str) -> None:
         self.model = model
@@ -396,6 +420,7 @@ def test_what_carries_no_configuration_counts_by_type():
         threading.local,
         queue.Queue,
         object,
+        itertools.count,
         lambda: logging.getLogger("a"),
         lambda: contextvars.ContextVar("a"),
     ]
@@ -611,6 +636,34 @@ def test_classes_count_by_what_is_in_them():
     class Slots:
         __slots__ = ("a",)
 
+    class Half:
+        def a(self, n: int) -> int:
+            return n
+
+        b = functools.partialmethod(a, 1)
+
+    class OtherHalf:
+        def a(self, n: int) -> int:
+            return n
+
+        b = functools.partialmethod(a, 2)
+
+    class Checked(BaseModel):
+        a: int = 1
+
+        @field_validator("a", mode="before")
+        @classmethod
+        def check(cls, value: Any) -> Any:
+            return value
+
+    class CheckedLater(BaseModel):
+        a: int = 1
+
+        @field_validator("a", mode="after")
+        @classmethod
+        def check(cls, value: Any) -> Any:
+            return value
+
     assert distinct(
         class_with(),
         class_with(a=1),
@@ -637,6 +690,10 @@ def test_classes_count_by_what_is_in_them():
         Static,
         OfClass,
         Slots,
+        Half,
+        OtherHalf,
+        Checked,
+        CheckedLater,
     )
 
 
