@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from langgraph_perf.resources._core import Core, Holder, Limits
+from langgraph_perf.resources._core import Core, Holder
 from langgraph_perf.resources._entry import RELEASED, UNUSED, Entry, State
 from langgraph_perf.resources._hooks import Hooks
+from langgraph_perf.resources._ledger import Limits
 from langgraph_perf.resources._waiters import Waiter
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import time
 import weakref
 from typing import Any, Protocol
 
@@ -17,9 +18,12 @@ class Living(Protocol):
     def after_fork(self) -> list[Any]:
         """Forget everything; gives what was held, which nobody in this process may close."""
 
-    def at_exit(self) -> None:
-        """Close what is idle."""
+    def at_exit(self, deadline: float) -> None:
+        """Close what is idle; from ``deadline`` (monotonic seconds) on, wait for nothing."""
 
+
+EXIT_SECONDS = 5.0
+"""How long the interpreter's exit may be held up by async closes, all together."""
 
 _living: weakref.WeakSet[Living] = weakref.WeakSet()
 _inherited: list[Any] = []
@@ -37,9 +41,10 @@ def _after_fork() -> None:
 
 
 def _at_exit() -> None:
+    deadline = time.monotonic() + EXIT_SECONDS
     for core in list(_living):
         try:
-            core.at_exit()
+            core.at_exit(deadline)
         except Exception:
             logger.debug("closing resources at exit failed", exc_info=True)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable
 
-from langgraph_perf.resources._core import Core, Holder, Limits
+from langgraph_perf.resources._core import Core, Holder
 from langgraph_perf.resources._entry import RELEASED, UNUSED, Entry, State
 from langgraph_perf.resources._hooks import Hooks
+from langgraph_perf.resources._ledger import Limits
 from langgraph_perf.resources._waiters import Waiter
 
 _Slot = tuple[Hashable, "asyncio.AbstractEventLoop | None"]

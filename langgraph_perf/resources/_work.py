@@ -57,12 +57,15 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
     return asyncio._get_running_loop()
 
 
-def in_background(job: Callable[[], None]) -> None:
+def _in_background(job: Callable[[], None]) -> concurrent.futures.Future[None]:
     """Run ``job`` on a private thread, or here when there is none left to be had at exit."""
     try:
-        _offload.shared.submit(job)
+        return _offload.shared.submit(job)
     except RuntimeError:
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
         job()
+        done.set_result(None)
+        return done
 
 
 async def off_loop(job: Callable[[], T]) -> T:
@@ -200,31 +203,39 @@ async def aclose(hooks: Hooks, entry: Entry) -> None:
         elsewhere = asyncio.run_coroutine_threadsafe(_aclose_here(hooks, entry.obj), home)
         await asyncio.wait([asyncio.wrap_future(elsewhere)], timeout=CLOSE_GRACE)
     else:
-        await off_loop(functools.partial(_close_without_its_loop, hooks, entry.obj))
+        await off_loop(functools.partial(_close_without_its_loop, hooks, entry.obj, CLOSE_GRACE))
 
 
-def close_now(hooks: Hooks, entry: Entry) -> None:
-    """Close an object from a thread and wait for it, as far as that cannot block for good."""
+def close_now(hooks: Hooks, entry: Entry, grace: float) -> None:
+    """Close an object from a thread and wait for it; if the close is async, ``grace`` seconds."""
     home, here = entry.loop, running_loop()
     if hooks.close is None:
         return
     if not hooks.async_close:
         _close(hooks, entry)
+    elif grace <= 0:
+        return
     elif home is None or home.is_closed():
+        job = functools.partial(_close_without_its_loop, hooks, entry.obj, grace)
         if here is None:
-            _close_without_its_loop(hooks, entry.obj)
+            _wait_for(hooks, _in_background(job), grace)
         else:
-            in_background(functools.partial(_close_without_its_loop, hooks, entry.obj))
+            _in_background(job)
     elif here is not None:
         start_on(home, functools.partial(_aclose_here, hooks, entry.obj))
     elif home.is_running():
-        elsewhere = asyncio.run_coroutine_threadsafe(_aclose_here(hooks, entry.obj), home)
-        try:
-            elsewhere.result(CLOSE_GRACE)
-        except concurrent.futures.TimeoutError:  # not the builtin one before Python 3.11
-            logger.warning("%s: close is still under way on its event loop", hooks.owner)
+        close = _aclose_here(hooks, entry.obj)
+        _wait_for(hooks, asyncio.run_coroutine_threadsafe(close, home), grace)
     else:
-        home.run_until_complete(asyncio.wait_for(_aclose_here(hooks, entry.obj), CLOSE_GRACE))
+        task = home.create_task(_aclose_here(hooks, entry.obj))
+        home.run_until_complete(asyncio.wait([task], timeout=grace))
+
+
+def _wait_for(hooks: Hooks, close: concurrent.futures.Future[None], grace: float) -> None:
+    try:
+        close.result(grace)
+    except concurrent.futures.TimeoutError:  # not the builtin one before Python 3.11
+        logger.warning("%s: a close takes long; it is not waited for any more", hooks.owner)
 
 
 def close_soon(hooks: Hooks, entry: Entry, done: Callable[[], None]) -> None:
@@ -240,14 +251,16 @@ def close_soon(hooks: Hooks, entry: Entry, done: Callable[[], None]) -> None:
         if running_loop() is None:
             job()
         else:
-            in_background(job)
+            _in_background(job)
     elif home is not None and home.is_running():
         if not start_on(home, functools.partial(_aclose_then, hooks, entry, done)):
             done()
     else:
         # the loop may never run again, so nobody waits for it
         if home is None or not start_on(home, functools.partial(_aclose_here, hooks, entry.obj)):
-            in_background(functools.partial(_close_without_its_loop, hooks, entry.obj))
+            _in_background(
+                functools.partial(_close_without_its_loop, hooks, entry.obj, CLOSE_GRACE)
+            )
         done()
 
 
@@ -265,10 +278,10 @@ async def _aclose_then(hooks: Hooks, entry: Entry, done: Callable[[], None]) -> 
         done()
 
 
-def _close_without_its_loop(hooks: Hooks, obj: Any) -> None:
+def _close_without_its_loop(hooks: Hooks, obj: Any, grace: float) -> None:
     """Best effort for an object whose event loop is closed: some need no more than any loop."""
     assert hooks.close is not None
     try:
-        asyncio.run(asyncio.wait_for(hooks.close(obj), CLOSE_GRACE))
+        asyncio.run(asyncio.wait_for(hooks.close(obj), grace))
     except Exception as exc:
         logger.debug("%s: close after its event loop ended: %r", hooks.owner, exc)

@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from langgraph_perf.resources import _validate
-from langgraph_perf.resources._core import Limits
 from langgraph_perf.resources._exclusive import ExclusiveCore
 from langgraph_perf.resources._hooks import Hooks
+from langgraph_perf.resources._ledger import Limits
 from langgraph_perf.resources.resource import CoreResource, owner_name
 
 T = TypeVar("T")

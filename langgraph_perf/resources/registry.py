@@ -46,7 +46,7 @@ class Registry(Mapping[str, Resource[Any]]):
                     f"resource {name!r} must be a Pool, Shared, Keyed or FromContext, got "
                     f"{resource!r}; Shared(lambda: obj) makes a resource of any object"
                 )
-            resource.name(name)
+            resource.be_called(name)
 
     def __getitem__(self, name: str) -> Resource[Any]:
         return self._resources[name]
@@ -320,5 +320,5 @@ def _gate(resource: Resource[Any]) -> Pool[object]:
             gate = _gates[resource] = Pool(
                 object, max_size=1, timeout=resource.timeout, max_idle=None, max_lifetime=None
             )
-            gate.name(f"for several objects of {resource.owner}")
+            gate.be_called(f"for several objects of {resource.owner}")
     return gate

@@ -109,7 +109,7 @@ class Resource(ABC, Generic[T]):
     async def aclose(self) -> None:
         """Like ``close``, without blocking the event loop."""
 
-    def name(self, name: str) -> None:
+    def be_called(self, name: str) -> None:
         """Make messages speak of ``name``, unless it has been given a name before."""
         if not self._named:
             self._named = True

@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from langgraph_perf.resources import _validate
-from langgraph_perf.resources._core import Limits
 from langgraph_perf.resources._hooks import Hooks
+from langgraph_perf.resources._ledger import Limits
 from langgraph_perf.resources._shared import SharedCore
 from langgraph_perf.resources.resource import CoreResource, owner_name
 

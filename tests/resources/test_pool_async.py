@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from langgraph_perf.errors import LeaseError, PoolClosed, PoolTimeout, TooManyWaiting
-from langgraph_perf.resources import Pool
+from langgraph_perf.resources import Pool, _core
 from langgraph_perf.resources import _lease as lease_module
 from langgraph_perf.resources._waiters import TaskWaiter
 
@@ -593,6 +593,52 @@ async def test_objects_are_closed_on_the_loop_that_made_them(watch: Watch, maker
         pass
     await asyncio.to_thread(pool.close)
     assert maker.close_loops == [here] * 3
+
+
+async def test_close_on_the_loop_itself(watch: Watch, maker: Maker) -> None:
+    """A sync ``close`` cannot wait for its own loop: the objects are closed right afterwards."""
+    pool = watch(Pool(maker.acreate, close=maker.aclose))
+    async with pool.alease():
+        pass
+    pool.close()
+    assert maker.closed == []
+    await auntil(lambda: maker.closed == maker.made)
+    assert maker.close_loops == [asyncio.get_running_loop()]
+
+
+def test_close_when_the_loop_is_not_running(watch: Watch, maker: Maker) -> None:
+    """It is run for as long as that takes."""
+    pool = watch(Pool(maker.acreate, close=maker.aclose))
+    loop = asyncio.new_event_loop()
+
+    async def use() -> None:
+        async with pool.alease():
+            pass
+
+    loop.run_until_complete(use())
+    pool.close()
+    assert maker.close_loops == [loop]
+    loop.close()
+
+
+async def test_close_does_not_wait_for_ever(
+    watch: Watch, maker: Maker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An async close that hangs on its loop is left behind after a while."""
+    monkeypatch.setattr(_core, "CLOSE_GRACE", 0.01)
+    let_go = asyncio.Event()
+
+    async def close(thing: Thing) -> None:
+        await let_go.wait()
+        maker.close(thing)
+
+    pool = watch(Pool(maker.acreate, close=close))
+    async with pool.alease():
+        pass
+    await asyncio.to_thread(pool.close)
+    assert "not waited for any more" in caplog.text
+    let_go.set()
+    await auntil(lambda: maker.closed == maker.made)
 
 
 def test_two_event_loops_one_after_the_other(watch: Watch, maker: Maker) -> None:

@@ -209,6 +209,36 @@ def test_exit_closes_async_objects_as_well_as_can_be() -> None:
     assert sorted(out.split()) == ["False", "True", "True"]
 
 
+def test_exit_does_not_wait_for_closes_that_hang() -> None:
+    """Not for long, and not for each of them."""
+    out = run(
+        """
+        from langgraph_perf.resources import _lifecycle
+        _lifecycle.EXIT_SECONDS = 0.2
+
+        async def create():
+            return 1
+
+        async def close(obj):
+            print("closing", flush=True)
+            await asyncio.Event().wait()
+
+        async def use(pool):
+            async with pool.alease():
+                pass
+
+        dead, busy = (Pool(create, close=close) for _ in range(2))
+        asyncio.run(use(dead))
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+        asyncio.run_coroutine_threadsafe(use(busy), loop).result(10)
+        import logging
+        logging.getLogger("langgraph_perf").addHandler(logging.NullHandler())
+        """
+    )
+    assert out == "closing\n"
+
+
 def test_exit_with_a_close_that_fails() -> None:
     """No traceback; the others are closed all the same."""
     out = run(
