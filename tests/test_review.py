@@ -313,3 +313,54 @@ def test_what_cannot_be_stored_is_logged_once(caplog: pytest.LogCaptureFixture) 
     for i in range(4):
         graph.invoke({"query": i})
     assert caplog.text.count("not stored") == 1
+
+
+def _fingerprint_of(source: str) -> str:
+    from langgraph_perf.fingerprint import fingerprint
+
+    scope: dict[str, Any] = {"__name__": "app"}
+    exec(source, scope)
+    return fingerprint(scope["node"])
+
+
+SERVICE = """
+import socket
+class Service:
+    def __init__(self):
+        self.socket = socket.socket()
+        self.socket.close()
+        self.prompt = {prompt!r}
+    def ask(self, text):
+        return {method!r} + self.prompt + text
+service = Service()
+TABLE = {{"socket": service.socket, "limit": {limit}}}
+def node(state):
+    return {{"answer": service.ask("x")[: TABLE["limit"]]}}
+"""
+
+
+def test_an_object_with_one_unkeyable_part_counts_by_its_other_parts() -> None:
+    """A module's service that holds a connection still changes with its code and settings."""
+    base = {"prompt": "a", "method": "b", "limit": 1}
+    prints = {
+        _fingerprint_of(SERVICE.format(**{**base, **change}))
+        for change in ({}, {"prompt": "c"}, {"method": "d"}, {"limit": 2})
+    }
+    assert len(prints) == 4
+    assert _fingerprint_of(SERVICE.format(**base)) in prints
+
+
+MODEL = """
+from pydantic import BaseModel
+class Out(BaseModel):
+    {doc!r}
+    x: int = 1
+def node(state):
+    return {{"answer": Out.model_json_schema()}}
+"""
+
+
+def test_a_models_docstring_is_part_of_its_schema() -> None:
+    """What ``with_structured_output`` sends to a language model counts as code."""
+    assert _fingerprint_of(MODEL.format(doc="v1")) != _fingerprint_of(MODEL.format(doc="v2"))
+    assert _fingerprint_of(MODEL.format(doc="v1")) == _fingerprint_of(MODEL.format(doc="v1"))

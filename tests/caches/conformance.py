@@ -418,11 +418,11 @@ class LeaseConformance(CacheConformance):
         assert await cache.acquire(KEY) is not None
 
     async def test_write_without_lease(self, cache: Subject) -> None:
-        """Whoever has no lease may store; the lease is not touched."""
+        """Whoever has no lease may store, and supersedes the holder, whose result is older."""
         lease = await cache.acquire(KEY)
-        assert await cache.write(KEY, entry(b"other")) is True
-        assert await cache.acquire(KEY) is None
-        assert await cache.write(KEY, entry(b"mine"), lease) is True
+        assert await cache.write(KEY, entry(b"newer")) is True
+        assert await cache.write(KEY, entry(b"older"), lease) is False
+        assert (await cache.one()).payload == b"newer"
 
     async def test_leases_outlast_clear(self, cache: Subject) -> None:
         """Clearing entries does not let a second holder in."""
