@@ -73,6 +73,9 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
             "schema",
             doc,
         )  # a model's or TypedDict's docstring is part of what a prompt is made of
+    doc = namespace.get("__doc__")
+    if isinstance(doc, str) and (BaseModel in mro_of(kind) or "__total__" in namespace):
+        yield "schema", doc  # a model's or TypedDict's docstring is part of what a prompt is made of
     if is_enum:
         for name, member in getattr(kind, "_member_map_", {}).items():
             yield f"= {name}", member._value_
