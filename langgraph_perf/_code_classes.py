@@ -75,7 +75,7 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
         )  # a model's or TypedDict's docstring is part of what a prompt is made of
     doc = namespace.get("__doc__")
     if isinstance(doc, str) and (BaseModel in mro_of(kind) or "__total__" in namespace):
-        yield "schema", doc  # a model's or TypedDict's docstring is part of what a prompt is made of
+        yield "schema", doc  # part of its JSON schema, and so of what a model is told
     if is_enum:
         for name, member in getattr(kind, "_member_map_", {}).items():
             yield f"= {name}", member._value_
