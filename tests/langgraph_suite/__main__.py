@@ -69,7 +69,14 @@ def main() -> int:
             "PYTHONPATH": str(HERE),
         }
         command = [sys.executable, "-m", "pytest", "tests", "-q", "-n", "2", "-p", "perf_plugin"]
-        command += ["-p", "no:cacheprovider", "--tb=short", "--ignore=tests/example_app"]
+        command += [
+            "-p",
+            "no:asyncio",
+            "-p",
+            "no:cacheprovider",
+            "--tb=short",
+            "--ignore=tests/example_app",
+        ]
         command += ["-W", "default"]
         for test in KNOWN["plain"] + (KNOWN["wrapped"] if mode == "wrapped" else []):
             command += ["--deselect", test]

@@ -14,6 +14,7 @@ from langgraph_perf.errors import (
     LeaseError,
     PoolClosed,
     PoolTimeout,
+    ResourceError,
     TooManyWaiting,
 )
 from langgraph_perf.resources import Pool
@@ -178,6 +179,20 @@ def test_when_a_create_fails_the_next_waiter_tries(watch: Watch, maker: Maker) -
     second.wait()
     second.finish()
     assert maker.attempts == 2
+
+
+def test_a_fork_in_the_middle_of_a_load(maker: Maker) -> None:
+    """In the child the place is gone; what was made there is closed there."""
+
+    def create() -> Thing:
+        pool._core.after_fork()  # what a fork does to the child
+        return maker.create()
+
+    pool = Pool(create, close=maker.close)
+    with pytest.raises(ResourceError, match="too late"), pool.lease():
+        pass
+    assert maker.alive == 0
+    assert pool.stats().size == 0
 
 
 def test_a_slow_create_does_not_block_others(watch: Watch, maker: Maker) -> None:

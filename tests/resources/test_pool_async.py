@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -10,8 +11,14 @@ from typing import Any
 
 import pytest
 
-from langgraph_perf.errors import LeaseError, PoolClosed, PoolTimeout, TooManyWaiting
-from langgraph_perf.resources import Pool, _core
+from langgraph_perf.errors import (
+    LeaseError,
+    PoolClosed,
+    PoolTimeout,
+    ResourceError,
+    TooManyWaiting,
+)
+from langgraph_perf.resources import Pool, _core, _offload
 from langgraph_perf.resources import _lease as lease_module
 from langgraph_perf.resources._waiters import TaskWaiter
 
@@ -78,6 +85,73 @@ async def test_sync_functions_run_off_the_loop(watch: Watch, maker: Maker) -> No
     await pool.aclose()
     assert len(maker.closed) == 2
     assert all(name.startswith("langgraph-perf-worker") for name in maker.threads)
+
+
+@pytest.mark.parametrize(
+    "asyncs",
+    list(itertools.product([False, True], repeat=4)),
+    ids=lambda a: "".join("sa"[x] for x in a),
+)
+async def test_functions_of_both_kinds_in_one_pool(
+    watch: Watch, maker: Maker, asyncs: tuple[bool, ...]
+) -> None:
+    """Create, check, reset and close can each be sync or async."""
+    create, check, reset, close = (
+        getattr(maker, "a" * is_async + name)
+        for is_async, name in zip(asyncs, ("create", "check", "reset", "close"), strict=True)
+    )
+    pool = watch(Pool(create, max_size=1, check=check, reset=reset, close=close))
+    assert pool.needs_loop == any(asyncs)
+    things = []
+    for bad_checks, bad_resets in (([], []), ([], []), ([False], []), ([], [OSError()]), ([], [])):
+        maker.bad_checks.extend(bad_checks)
+        maker.bad_resets.extend(bad_resets)
+        async with pool.alease(timeout=10) as thing:
+            assert not thing.closed
+            things.append(thing.number)
+        await auntil(lambda: not pool.stats().closing)
+    assert things == [0, 0, 1, 1, 2]
+    await pool.aclose()
+    assert maker.closed == maker.made
+    assert len(maker.close_loops) == (3 if asyncs[3] else 0)
+
+
+async def test_a_load_whose_task_is_destroyed_leaves_nothing_behind(
+    watch: Watch, maker: Maker
+) -> None:
+    """What a thread makes for a load that was cancelled is closed."""
+    pool = watch(Pool(maker.create, close=maker.aclose))
+    maker.hold = threading.Event()
+    before = asyncio.all_tasks()
+    holder = AsyncHolder(pool)
+    await auntil(maker.entered.is_set)
+    (load,) = asyncio.all_tasks() - before - {holder.task}
+    load.cancel()
+    with pytest.raises(ResourceError, match="the load was cancelled"):
+        await holder.task
+    assert pool.stats().size == 0
+    maker.hold.set()
+    await auntil(lambda: len(maker.closed) == 1)
+
+
+async def test_when_no_thread_can_be_had(
+    watch: Watch, maker: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load that cannot begin fails like any other; a close happens where it is."""
+    pool = watch(Pool(maker.create, close=maker.close))
+    with monkeypatch.context() as patch:
+
+        def start(self: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr(_offload, "shared", _offload.Workers())
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="can't start"):
+            async with pool.alease():
+                pass
+        with pool.lease():
+            pool.close()
+        assert len(maker.closed) == 1
 
 
 @both
