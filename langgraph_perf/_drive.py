@@ -187,9 +187,7 @@ def drive_stream(call: Call, open_body: Callable[[], Opened], caller: Caller) ->
 
 
 async def adrive_stream(
-    call: Call,
-    open_body: Callable[[], tuple[AsyncIterator[Any], Callable[[], Ran]]],
-    caller: Caller,
+    call: Call, open_body: Callable[[], AOpened], caller: Caller
 ) -> AsyncIterator[Any]:
     """Like ``drive_stream``, awaiting."""
     machine = steps(call)

@@ -58,7 +58,6 @@ class NodeSpec:
         uses: Mapping[str, Use],
         allowed: Allowlist,
     ) -> None:
-        self.graph = graph
         self.name = name
         self.policy = policy
         self.uses = uses

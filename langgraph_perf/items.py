@@ -279,11 +279,10 @@ class _Batch:
             where = position if lookup is None else lookup.key
             places.setdefault(where, []).append(position)
             wheres[where] = lookup
-        self._places = list(places.values())
         self.missed = [_Missed(p[0], wheres[w]) for w, p in places.items()]
         reads = cache._control.mode != "refresh"
         self.lookups = [m.lookup for m in self.missed if m.lookup is not None] if reads else []
-        self._positions = {places[0]: places for places in self._places}
+        self._positions = {where[0]: where for where in places.values()}
 
     def found(self, entries: Sequence[Entry | None]) -> None:
         """Take the stored values; what is left is ``missed``."""
