@@ -32,7 +32,8 @@ def lease(
 
     Args:
         key: which object, for ``Keyed``.
-        timeout: seconds to wait at most; ``None`` for the resource's own limit.
+        timeout: seconds to wait at most; ``None`` for the resource's own limit. ``FromContext``
+            ignores it.
         config: the node's config; needed only where LangGraph cannot pass it along by itself.
 
     Raises:

@@ -187,21 +187,31 @@ class AsyncLease(BaseLease[T]):
         assert waiter.entry is not None
         core, hooks, entry = self.core, self.core.hooks, waiter.entry
         waiter.suspect = True
+        job: Any
+        answer: asyncio.Future[bool]
         if hooks.async_check:
-            assert hooks.check is not None
-            try:
-                waiter.checked = passed(await hooks.check(entry.obj))
-            except Exception:
-                waiter.checked = False
+            answer = job = asyncio.ensure_future(_apasses(hooks, entry))
         else:
             job = _offload.shared.submit(functools.partial(_passes, hooks, entry))
-            try:
-                waiter.checked = await asyncio.shield(asyncio.wrap_future(job))
-            except asyncio.CancelledError:
-                # the thread still uses the object: it comes back when that is over
-                core.detach(waiter)
-                job.add_done_callback(lambda job: core.give_back(entry, job.result()))
-                raise
+            answer = asyncio.wrap_future(job)
+
+        def leave() -> None:
+            # the check still uses the object: it comes back when that is over
+            core.detach(waiter)
+            job.add_done_callback(lambda job: core.give_back(entry, _answer(job)))
+            if job is answer:
+                job.cancel()
+
+        try:
+            while not answer.done() and (left := waiter.deadline - core.clock()) > 0:
+                await asyncio.wait([answer], timeout=_nap(left))
+        except asyncio.CancelledError:
+            leave()
+            raise
+        if not answer.done():
+            leave()
+            return  # it has nothing any more, and its time is over
+        waiter.checked = answer.result()
         waiter.suspect = False
         if not waiter.checked:
             core.spoil(waiter)
@@ -232,6 +242,19 @@ def _passes(hooks: Hooks, entry: Entry) -> bool:
         return passed(hooks.check(entry.obj))
     except Exception:
         return False
+
+
+async def _apasses(hooks: Hooks, entry: Entry) -> bool:
+    assert hooks.check is not None
+    try:
+        return passed(await hooks.check(entry.obj))
+    except Exception:
+        return False
+
+
+def _answer(check: Any) -> bool:
+    """What an abandoned check said; one that was cancelled leaves its object unfit."""
+    return not check.cancelled() and check.exception() is None and check.result()
 
 
 def _reset(lease: BaseLease[Any], obj: Any) -> None:

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import random
 from typing import Any
 
 from langgraph_perf.errors import PoolClosed, PoolTimeout, ResourceError, TooManyWaiting
@@ -23,6 +24,10 @@ from langgraph_perf.resources._entry import NEVER, Entry, State
 from langgraph_perf.resources._hooks import Hooks
 from langgraph_perf.resources._stats import ResourceStats
 from langgraph_perf.resources._waiters import Waiter
+
+LIFETIME_SPREAD = 0.1
+"""By which fraction of ``max_lifetime`` an object may live shorter, at random, as in psycopg_pool:
+what was made together is not replaced together."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +285,7 @@ class Ledger(ABC):
         entry.state = State.READY
         now = self.clock()
         if self.limits.max_lifetime is not None:
-            entry.expires = now + self.limits.max_lifetime
+            entry.expires = now + self.limits.max_lifetime * (1 - LIFETIME_SPREAD * random())
         if self.closed:
             self._retire(entry)
             self._tell(waiter, PoolClosed(f"{self.hooks.owner} is closed"))

@@ -31,9 +31,12 @@ class FromContext(Resource[T]):
     """Each lease is one use of a context manager, for instance a connection of a driver's pool.
 
     How many there can be, how long to wait for one and what happens when it comes back is up to
-    the driver: ``timeout`` of a lease does not apply. A context manager that is only sync is
-    entered and left on a private thread for async callers. One that is only async cannot serve
-    sync callers.
+    the driver. So ``timeout`` of a lease is ignored and ``PoolTimeout`` never raised: set the
+    driver's own timeout (``ConnectionPool(timeout=)`` of psycopg_pool, ``pool_timeout=`` of
+    SQLAlchemy), and expect the driver's own error. Async callers can be cancelled at any time.
+
+    A context manager that is only sync is entered and left on a private thread for async callers.
+    One that is only async cannot serve sync callers.
 
     Args:
         factory: called without arguments for each lease, returns a context manager or an async

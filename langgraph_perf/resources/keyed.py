@@ -32,6 +32,8 @@ class Keyed(CoreResource[T]):
         create: called with the key, loads its object.
         max_size: the most objects there can be.
         max_idle: seconds without any lease after which an object is unloaded; ``None`` for never.
+        timeout: seconds a lease waits at most, for room and for a load: raise it for what takes
+            long to load; ``None`` for no limit.
         close: called with an object that is not needed any more.
 
     If ``create`` or ``close`` is async, objects belong to the event loop that made them, and only
@@ -50,6 +52,7 @@ class Keyed(CoreResource[T]):
         *,
         max_size: int = 4,
         max_idle: float | None = None,
+        timeout: float | None = 30,
         close: Callable[[T], Any] | None = None,
     ) -> None:
         owner = owner_name("Keyed", create)
@@ -59,7 +62,7 @@ class Keyed(CoreResource[T]):
             max_overtake=MAX_OVERTAKE_SECONDS,
         )
         hooks = Hooks(owner, create, keyed=True, close=close)
-        super().__init__(SharedCore(hooks, limits), None)
+        super().__init__(SharedCore(hooks, limits), _validate.seconds(owner, "timeout", timeout))
 
     def check_key(self, key: Hashable) -> None:
         try:

@@ -29,7 +29,8 @@ class Pool(CoreResource[T]):
         timeout: seconds a lease waits at most; ``None`` for no limit.
         max_waiting: the most callers that may queue; 0 for any number.
         max_idle: seconds after which an object that nobody leases is closed; ``None`` for never.
-        max_lifetime: seconds after which an object is not handed out any more; ``None`` for never.
+        max_lifetime: seconds after which an object is not handed out any more, up to 10 % fewer at
+            random, so that what was made together is not replaced together; ``None`` for never.
         check: called with an object before it is leased again; when it returns false or raises,
             the object is closed and another one made. One that returns ``None`` has passed.
         reset: called with an object when it comes back; when it raises, the object is closed.

@@ -71,8 +71,10 @@ class Resource(ABC, Generic[T]):
 
         Args:
             key: which object, for ``Keyed``; ``None`` for all others.
-            timeout: seconds to wait at most; ``None`` for the resource's own limit. A load
-                that has begun in the calling thread is not interrupted.
+            timeout: seconds to wait at most; ``None`` for the resource's own limit. What the
+                calling thread does itself (load its object, check it, close the one that makes
+                room) cannot be interrupted, so the lease is then granted late. Whoever waits for
+                another thread to do so leaves on time. ``FromContext`` ignores it.
             heartbeat: called about once a second while waiting.
 
         Raises:
@@ -91,7 +93,9 @@ class Resource(ABC, Generic[T]):
     ) -> AbstractAsyncContextManager[T]:
         """A lease for ``async with``; never blocks the event loop.
 
-        A load counts as waiting; when the caller leaves, it goes on for those who come later.
+        Loads and checks count as waiting and end with it: at ``timeout`` the caller gets
+        ``PoolTimeout``. A load goes on for those who come later; a sync check ends on its thread,
+        and only then does its object come back; an async one is cancelled and its object closed.
         """
 
     @abstractmethod

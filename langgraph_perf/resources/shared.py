@@ -23,6 +23,8 @@ class Shared(CoreResource[T]):
     Args:
         create: loads the object.
         max_idle: seconds without any lease after which it is unloaded; ``None`` for never.
+        timeout: seconds a lease waits at most, for a load too: raise it for what takes long to
+            load; ``None`` for no limit.
         close: called with an object that is not needed any more.
 
     If ``create`` or ``close`` is async, the object belongs to the event loop that made it: only
@@ -39,8 +41,10 @@ class Shared(CoreResource[T]):
         create: Callable[[], Awaitable[T] | T],
         *,
         max_idle: float | None = None,
+        timeout: float | None = 30,
         close: Callable[[T], Any] | None = None,
     ) -> None:
         owner = owner_name("Shared", create)
         limits = Limits(max_size=1, max_idle=_validate.seconds(owner, "max_idle", max_idle))
-        super().__init__(SharedCore(Hooks(owner, create, close=close), limits), None)
+        hooks = Hooks(owner, create, close=close)
+        super().__init__(SharedCore(hooks, limits), _validate.seconds(owner, "timeout", timeout))

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from langgraph_perf.resources import Resource, _lease, _reaper
+from langgraph_perf.resources import Resource, _lease, _ledger, _reaper
 
 from .helpers import FakeTime, Maker, check_at_rest
 
@@ -42,6 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     """Fake time for the resources that are made after this."""
     fake = FakeTime()
     monkeypatch.setattr(_reaper, "shared", fake.reaper)
+    monkeypatch.setattr(_ledger, "random", lambda: fake.luck)
     return fake
 
 

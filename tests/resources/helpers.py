@@ -145,10 +145,14 @@ class Maker:
 
 
 class FakeTime:
-    """A clock that stands still until told to move, and the reaper that lives by it."""
+    """A clock that stands still until told to move, and the reaper that lives by it.
+
+    ``luck``, from 0 to 1, stands in for every random number.
+    """
 
     def __init__(self) -> None:
         self.now = 1000.0
+        self.luck = 0.0
 
         def wait(inbox: SimpleQueue[Any], timeout: float) -> Any:
             return inbox.get()  # deadlines only come near when ``advance`` says so

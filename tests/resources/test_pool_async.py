@@ -263,6 +263,62 @@ async def test_a_slow_load_times_out_and_serves_later_callers(
     assert maker.attempts == 1
 
 
+async def test_a_slow_async_check_times_out(watch: Watch, maker: Maker) -> None:
+    """It is cut short at the deadline, and its object, whose state nobody knows, is closed."""
+    ended: list[str] = []
+
+    async def check(thing: Thing) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("cancelled")
+
+    pool = watch(Pool(maker.acreate, max_size=1, check=check, close=maker.aclose))
+    async with pool.alease() as first:
+        pass
+    with pytest.raises(PoolTimeout, match=r"within 0\.01 s"):
+        async with pool.alease(timeout=0.01):
+            pass
+    await auntil(lambda: pool.stats().size == 0)
+    assert ended == ["cancelled"]
+    assert maker.closed == [first]
+    assert pool.stats().timeouts == 1
+    await pool.aclose()
+
+
+@pytest.mark.parametrize("verdict", [True, False])
+async def test_a_slow_sync_check_times_out(watch: Watch, maker: Maker, verdict: bool) -> None:
+    """A thread cannot be interrupted: the caller leaves at the deadline, the object comes back
+    when the check is done with it, and is kept if it has passed."""
+    go_on = threading.Event()
+
+    def check(thing: Thing) -> bool:
+        assert go_on.wait(10)
+        return verdict
+
+    pool = watch(Pool(maker.create, max_size=1, check=check, close=maker.close))
+    async with pool.alease() as first:
+        pass
+    with pytest.raises(PoolTimeout):
+        async with pool.alease(timeout=0.01):
+            pass
+    assert pool.stats().in_use == 1
+    go_on.set()
+    await auntil(lambda: pool.stats().in_use == pool.stats().closing == 0)
+    assert maker.closed == ([] if verdict else [first])
+    assert pool.stats().timeouts == 1
+
+
+async def test_a_checked_object_needs_no_more_than_its_check(watch: Watch, maker: Maker) -> None:
+    """A check that ends in time is not a timeout, also where it is a coroutine."""
+    pool = watch(Pool(maker.acreate, max_size=1, check=maker.acheck, close=maker.aclose))
+    for _ in range(2):
+        async with pool.alease(timeout=10) as thing:
+            pass
+    assert maker.checked == [thing]
+    await pool.aclose()
+
+
 async def test_max_waiting_bounds_the_queue(watch: Watch, maker: Maker) -> None:
     """Who would make the queue too long is refused at once."""
     pool = watch(Pool(maker.create, max_size=1, max_waiting=1))

@@ -87,6 +87,27 @@ def test_old_objects_are_replaced(watch: Watch, maker: Maker, clock: FakeTime) -
     assert maker.closed == [idle, used]
 
 
+def test_what_was_made_together_is_not_replaced_together(
+    watch: Watch, maker: Maker, clock: FakeTime
+) -> None:
+    """Each object lives up to a tenth shorter than ``max_lifetime``, by chance; none longer."""
+    pool = watch(Pool(maker.create, max_idle=None, max_lifetime=100, close=maker.close))
+    with pool.lease() as longest:
+        clock.luck = 0.5
+        with pool.lease() as shorter:
+            clock.luck = 1.0
+            with pool.lease() as shortest:
+                pass
+    clock.advance(89.9)
+    assert maker.closed == []
+    clock.advance(0.2)
+    assert maker.closed == [shortest]
+    clock.advance(5)
+    assert maker.closed == [shortest, shorter]
+    clock.advance(5)
+    assert maker.closed == [shortest, shorter, longest]
+
+
 def test_a_lifetime_that_ends_before_the_idle_time(
     watch: Watch, maker: Maker, clock: FakeTime
 ) -> None:

@@ -135,6 +135,47 @@ def test_max_idle_zero_unloads_at_once(watch: Watch, maker: Maker) -> None:
     until(lambda: thing.closed)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_waiting_for_somebody_elses_load_times_out(
+    watch: Watch, maker: Maker, shared: bool
+) -> None:
+    """Who loads waits as long as it takes; who waits for it leaves at the deadline."""
+    kind: Any = Shared if shared else Keyed
+    resource = watch(kind(maker.create, timeout=0.01, close=maker.close))
+    key = None if shared else "a"
+    maker.hold = threading.Event()
+    loader = Holder(resource, key)
+    assert maker.entered.wait(10)
+    with pytest.raises(PoolTimeout, match=r"within 0\.01 s"), resource.lease(key):
+        pass
+    maker.hold.set()
+    assert loader.wait() is maker.made[0]
+    with resource.lease(key) as thing:
+        assert thing is maker.made[0]
+    loader.finish()
+    assert resource.stats().timeouts == 1
+
+
+def test_a_nested_lease_of_a_full_keyed_times_out(watch: Watch, maker: Maker) -> None:
+    """Who holds all there is and asks for more is told so, not left waiting for itself."""
+    models = watch(Keyed(maker.create, max_size=1, timeout=0.01, close=maker.close))
+    with models.lease("a"):
+        with pytest.raises(PoolTimeout, match="1 of 1 in use"), models.lease("b"):
+            pass
+        with models.lease("a"):  # the same object can be had again
+            pass
+
+
+@pytest.mark.parametrize("kind", [Shared, Keyed])
+def test_how_long_to_wait_by_default(kind: Any) -> None:
+    """Half a minute, like ``Pool``; ``None`` is no limit, and nonsense is refused."""
+    resource: Any = kind(lambda *key: object())
+    assert resource.timeout == 30
+    assert kind(lambda *key: object(), timeout=None).timeout is None
+    with pytest.raises(ConfigurationError, match="timeout must be a number of seconds"):
+        kind(lambda *key: object(), timeout="long")
+
+
 def test_keyed_gives_each_key_its_own_object(watch: Watch, maker: Maker) -> None:
     """``create`` is called with the key; equal keys share."""
     models = watch(Keyed(maker.create, max_size=2, close=maker.close))
