@@ -30,6 +30,10 @@ logger = logging.getLogger("langgraph_perf")
 FAILURES_TO_OPEN = 3
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
+UNTOLD = 0.1
+"""Seconds until the next look at a lease when waiting for its holder failed."""
+MOST_AT_ONCE = 64
+"""Most lookups one batch answers: whoever is answered runs at once, and the loop has others."""
 
 
 class Breaker:
@@ -120,6 +124,9 @@ class Backend:
         """Like ``read``; lookups that arrive while one is under way go out together."""
         if not self.cache.blocking:
             return self.read(lookup)
+        entry = self.cache.read_now(lookup)
+        if entry is not None:
+            return entry
         loop = asyncio.get_running_loop()
         batcher = self._batchers.get(loop)
         if batcher is None:
@@ -181,6 +188,21 @@ class Backend:
         task = asyncio.ensure_future(self._atry(self.writes, "lease", self.cache.arelease, lease))
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.shield(task)
+
+    def pause(self, key: FullKey, seconds: float) -> None:
+        """Wait for the holder of the lease of ``key``, at most for ``seconds``."""
+        try:
+            self.cache.pause(key, seconds)
+        except Exception:
+            # counted where it matters, in the look at the lease that comes next
+            time.sleep(min(seconds, UNTOLD))
+
+    async def apause(self, key: FullKey, seconds: float) -> None:
+        """Like ``pause``, without blocking the event loop."""
+        try:
+            await self.cache.apause(key, seconds)
+        except Exception:
+            await asyncio.sleep(min(seconds, UNTOLD))
 
     # -- failing open -----------------------------------------------------------------------------
 
@@ -250,7 +272,8 @@ class _Batcher:
 
     async def _drain(self) -> None:
         while self._waiting:
-            batch, self._waiting = self._waiting, []
+            batch = self._waiting[:MOST_AT_ONCE]
+            del self._waiting[:MOST_AT_ONCE]
             entries: list[Entry | None] = [None] * len(batch)
             try:
                 entries = await self._backend.aread_many([lookup for lookup, _ in batch])

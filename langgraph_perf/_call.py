@@ -31,6 +31,9 @@ logger = logging.getLogger("langgraph_perf")
 
 FIRST_POLL = 0.005
 LONGEST_POLL = 0.1
+NOTIFIED = 1.0
+"""Seconds between looks at the lease of another process; the last where the cache tells by itself
+when there is something to see."""
 
 
 class Gathering:
@@ -147,8 +150,9 @@ class Acquire:
 
 @dataclass(slots=True)
 class Pause:
-    """Let ``seconds`` pass."""
+    """Wait for whoever has the lease of a key, at most for ``seconds``."""
 
+    key: FullKey
     seconds: float
 
 
@@ -324,15 +328,16 @@ def _lead(call: Call, flight: Flight | None, *, took_over: bool = False) -> Step
 
 def _lease(call: Call) -> Generator[Step, Any, Lease | Ran | None]:
     """The lease of the key, or the result that another process stored meanwhile."""
-    pause = FIRST_POLL
+    pause = NOTIFIED if call.backend.cache.notifies else FIRST_POLL
+    longest = max(pause, LONGEST_POLL)
     while True:
         taken = yield Acquire(call.key)
         if taken == "failed":
             return None
         busy = taken == "busy"
         if busy:
-            yield Pause(pause)
-            pause = min(pause * 1.5, LONGEST_POLL)
+            yield Pause(call.key, pause)
+            pause = min(pause * 1.5, longest)
         served: Ran | None = None
         try:
             served = yield from _stored(call, "coalesced" if busy else "hit")

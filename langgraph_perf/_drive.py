@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -90,7 +89,7 @@ def _perform(step: Step, call: Call, body: Callable[[], Ran], caller: Caller) ->
         return backend.acquire(step.key)
     if type(step) is Pause:
         caller.heartbeat()
-        return time.sleep(step.seconds)
+        return backend.pause(step.key, step.seconds)
     assert type(step) is Release
     return backend.release(step.lease)
 
@@ -144,7 +143,7 @@ async def _aperform(
         return await backend.aacquire(step.key)
     if type(step) is Pause:
         caller.heartbeat()
-        return await asyncio.sleep(step.seconds)
+        return await backend.apause(step.key, step.seconds)
     assert type(step) is Release
     return await backend.arelease(step.lease)
 

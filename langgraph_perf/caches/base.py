@@ -143,6 +143,8 @@ class Cache(BaseCache[Any]):
     """Whether it has tag tokens; without them nothing that depends on a tag is ever served."""
     lease_seconds: float = 10.0
     """How long a lease lives without renewal: how long a killed holder delays its successor."""
+    notifies: bool = False
+    """Whether ``pause`` returns as soon as the lease is free, so that it may be long."""
 
     def __init__(
         self,
@@ -195,6 +197,15 @@ class Cache(BaseCache[Any]):
         ids = list(tags)
         return dict(zip(ids, self.tag_tokens(ids), strict=True))
 
+    def read_now(self, lookup: Lookup) -> Entry | None:
+        """The servable entry, if it can be had without waiting for anything; ``None`` does not
+        mean that ``read`` finds none. Must not raise."""
+        return None
+
+    def known_tags(self, tags: Collection[str]) -> Mapping[str, str] | None:
+        """Like ``peek_tags``, if it can be told without waiting for anything; else ``None``."""
+        return None
+
     def acquire(self, key: FullKey) -> Lease | None:
         """Take the lease of ``key``; ``None`` while somebody else holds it."""
         raise NotImplementedError
@@ -206,6 +217,10 @@ class Cache(BaseCache[Any]):
     def release(self, lease: Lease) -> None:
         """Give a lease back; one that was lost meanwhile is left to its new holder."""
         raise NotImplementedError
+
+    def pause(self, key: FullKey, seconds: float) -> None:
+        """Wait for the holder of the lease of ``key``, at most for ``seconds``."""
+        time.sleep(seconds)
 
     # -- async twins: off the loop unless the backend never blocks ------------------------------
 
@@ -252,6 +267,10 @@ class Cache(BaseCache[Any]):
     async def arelease(self, lease: Lease) -> None:
         """Like ``release``, without blocking the event loop."""
         await self._offload(self.release, lease)
+
+    async def apause(self, key: FullKey, seconds: float) -> None:
+        """Like ``pause``, without blocking the event loop."""
+        await asyncio.sleep(seconds)
 
     # -- for users ------------------------------------------------------------------------------
 
