@@ -14,6 +14,8 @@ from langgraph_perf import DiskCache, MemoryCache, TieredCache
 from langgraph_perf._backend import Backend
 from langgraph_perf.caches.base import Cache
 
+from .servers import postgres as postgres
+
 
 class Clock:
     """A clock that stands still until told to move."""

@@ -12,8 +12,8 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,30 +28,38 @@ from langchain_core.outputs import ChatGeneration, ChatResult
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))  # examples are run from the checkout, not installed
 
+from examples.knowledge_base import databases  # noqa: E402
 from examples.knowledge_base.__main__ import QUESTIONS, USERS, Asker, main  # noqa: E402
-from examples.knowledge_base.documents import KnowledgeBase  # noqa: E402
-from examples.knowledge_base.graph import EMBEDDINGS, NODES, build_graph  # noqa: E402
-from examples.knowledge_base.models import ChatModel, Embedder, Endpoint, LocalServer, ModelError  # noqa: E402
+from examples.knowledge_base.documents import KnowledgeBase, knowledge_base  # noqa: E402
+from examples.knowledge_base.graph import EMBEDDINGS, NODES, Context, build_graph  # noqa: E402
+from examples.knowledge_base.models import (  # noqa: E402
+    MODEL_TYPES,
+    ChatModel,
+    Endpoint,
+    LocalModel,
+    ModelError,
+)
 from examples.knowledge_base.report import (  # noqa: E402
     Pass,
     Progress,
     Tally,
     nodes_table,
     passes_table,
+    resources_table,
     total,
 )
-from langgraph_perf import DiskCache  # noqa: E402
+from langgraph_perf import DiskCache, Keyed, Shared  # noqa: E402
+from langgraph_perf.resources import Resource, ResourceStats  # noqa: E402
 
 # -- stand-ins for the models ---------------------------------------------------------------------
 
 EMBEDDED: list[str] = []
 
 
-@dataclass(frozen=True)
-class WordsEmbedder(Embedder):
+class WordsEmbedder:
     """Texts that share words are near each other."""
 
-    size: int = 64
+    size = 64
 
     def embed(self, texts: Sequence[str]) -> list[Any]:
         EMBEDDED.extend(texts)
@@ -65,7 +73,9 @@ class WordsEmbedder(Embedder):
 
 
 class EchoModel(BaseChatModel):
-    """Answers with the question and style it was asked for, and spends 100 tokens."""
+    """Answers with its type, the question and style it was asked for, and spends 100 tokens."""
+
+    model_type: str = ""
 
     @property
     def _llm_type(self) -> str:
@@ -79,7 +89,7 @@ class EchoModel(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         message = AIMessage(
-            messages[-1].text.splitlines()[-1],
+            f"{self.model_type}: {messages[-1].text.splitlines()[-1]}",
             usage_metadata={"input_tokens": 90, "output_tokens": 10, "total_tokens": 100},
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
@@ -143,27 +153,71 @@ class Job:
     cache: DiskCache
     graph: Any
     asker: Asker
+    out: io.StringIO
 
     def ask(self, name: str = "pass") -> Pass:
         return self.asker.ask_all(name, QUESTIONS, USERS)
 
+    def leases(self) -> dict[str, int]:
+        return {name: s.leases for name, s in self.graph.perf.stats().resources.items()}
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Resource[Any]]:
+    """Connections to an empty database of each kind."""
+    if request.param == "sqlite":
+        with ExitStack() as stack:
+            pool = databases.sqlite(tmp_path / "data" / "knowledge.db")
+            stack.callback(pool.close)
+            yield pool
+    else:
+        dsn = request.getfixturevalue("postgres")
+        with databases.postgres(dsn, fresh=True) as leases:
+            yield leases
+
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[], Job]]:
-    caches = []
+def documents(db: Resource[Any]) -> Iterator[KnowledgeBase]:
+    with db.lease() as connection:
+        knowledge = knowledge_base(connection)
+        assert knowledge.seed()
+    with db.lease() as connection:
+        yield knowledge_base(connection)
 
-    def job() -> Job:
-        documents = KnowledgeBase(tmp_path / "data" / "knowledge.db")
-        documents.seed()
-        cache = DiskCache(tmp_path / "cache")
-        caches.append(cache)
-        graph = build_graph(documents, WordsEmbedder(), EchoModel(), cache)
-        EMBEDDED.clear()
-        return Job(documents, cache, graph, Asker(graph, Progress(io.StringIO())))
 
-    yield job
-    for cache in caches:
-        cache.close()
+class Documents:
+    """A knowledge base each of whose calls takes a lease of its own, as the program does."""
+
+    def __init__(self, db: Resource[Any]) -> None:
+        self._db = db
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            with self._db.lease() as connection:
+                return getattr(knowledge_base(connection), name)(*args)
+
+        return call
+
+
+@pytest.fixture
+def start(tmp_path: Path, db: Resource[Any]) -> Iterator[Callable[[], Job]]:
+    with ExitStack() as stack:
+
+        def job() -> Job:
+            documents: Any = Documents(db)
+            documents.seed()
+            cache = stack.enter_context(DiskCache(tmp_path / "cache"))
+            resources = {
+                "db": db,
+                "embedder": Shared(WordsEmbedder),
+                "models": Keyed(lambda kind: EchoModel(model_type=kind), max_size=1),
+            }
+            graph = build_graph(cache, resources)
+            EMBEDDED.clear()
+            out = io.StringIO()
+            return Job(documents, cache, graph, Asker(graph, Progress(out)), out)
+
+        yield job
 
 
 @pytest.fixture
@@ -181,8 +235,6 @@ def ran(done: Pass) -> list[int]:
 
 def answers(job: Job, user: str) -> list[str]:
     """What ``user`` is told, straight from the graph."""
-    from examples.knowledge_base.graph import Context
-
     return [
         job.graph.invoke({"query": q, "user_id": user}, context=Context(user))["answer"].text
         for q in QUESTIONS
@@ -202,6 +254,21 @@ def test_warm_pass_runs_nothing(job: Job) -> None:
     assert ran(warm) == [0, 0, 0, 0]
     assert EMBEDDED == []
     assert warm.nodes["generate"].tokens_saved == 8 * 100
+
+
+def test_warm_pass_leases_nothing(job: Job) -> None:
+    """Where everything hits no resource is touched, and the program says so."""
+    cold = job.ask()
+    leases = job.leases()
+    assert all(leases.values())
+    assert cold.leases == sum(leases.values()) - 1  # one for the seed
+    assert cold.loads >= 2
+    said = "nothing was leased, nothing was loaded"
+    assert said not in job.out.getvalue()
+    warm = job.ask()
+    assert job.leases() == leases
+    assert (warm.leases, warm.loads) == (0, 0)
+    assert said in job.out.getvalue()
 
 
 def test_warm_from_disk(start: Callable[[], Job]) -> None:
@@ -252,10 +319,19 @@ def test_user_update(job: Job) -> None:
 
 
 def test_no_answer_crosses_users(job: Job) -> None:
-    """Each user is answered in their own style, although they ask the same."""
+    """Each user is answered in their own style by a model for it, although they ask the same."""
     alice, bob = answers(job, "alice"), answers(job, "bob")
-    assert all("short" in text for text in alice)
-    assert all("example" in text for text in bob)
+    assert all("short" in text and text.startswith("small:") for text in alice)
+    assert all("example" in text and text.startswith("precise:") for text in bob)
+    models = job.graph.perf.stats().resources["models"]
+    assert (models.loads, models.size) == (2, 1)  # one made room for the other
+
+
+def test_another_model_answers_anew(job: Job) -> None:
+    """The model's name is in the key of its answers, and of nothing else."""
+    job.ask()
+    other = Asker(job.graph, Progress(io.StringIO()), "another")
+    assert ran(other.ask_all("pass", QUESTIONS, USERS)) == [0, 0, 0, 8]
 
 
 def test_question_without_candidates(job: Job) -> None:
@@ -266,13 +342,6 @@ def test_question_without_candidates(job: Job) -> None:
 
 
 # -- documents ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def documents(tmp_path: Path) -> KnowledgeBase:
-    knowledge = KnowledgeBase(tmp_path / "new" / "knowledge.db")
-    assert knowledge.seed()
-    return knowledge
 
 
 def test_seed_keeps_what_is_there(documents: KnowledgeBase) -> None:
@@ -320,8 +389,8 @@ def test_profiles(documents: KnowledgeBase) -> None:
 
 
 def chat(endpoint: Endpoint) -> AIMessage:
-    model = ChatModel(model="tiny", endpoint=lambda: endpoint)
-    reply = model.invoke([HumanMessage("Why?")])
+    model = ChatModel(model="tiny", endpoint=endpoint)
+    reply = model.invoke([HumanMessage("Why?")], max_tokens=40)
     assert isinstance(reply, AIMessage)
     return reply
 
@@ -341,8 +410,8 @@ def test_chat_model(endpoint: Endpoints) -> None:
 
 def test_where_a_model_is_served_is_not_its_identity() -> None:
     """Two endpoints of one model are one model; two models are not."""
-    at = [ChatModel(model="m", endpoint=partial(Endpoint, p))._get_llm_string() for p in "ab"]
-    other = ChatModel(model="n", endpoint=partial(Endpoint, "a"))._get_llm_string()
+    at = [ChatModel(model="m", endpoint=Endpoint(p))._get_llm_string() for p in "ab"]
+    other = ChatModel(model="n", endpoint=Endpoint("a"))._get_llm_string()
     assert at[0] == at[1] != other
 
 
@@ -366,20 +435,20 @@ def test_foreign_reply_is_a_clear_error(endpoint: Endpoints) -> None:
         chat(Endpoint(endpoint.url))
 
 
-def test_local_server() -> None:
-    """The local model answers, counts its tokens, wants its key, and is gone after the block."""
-    with LocalServer() as server:
-        model = ChatModel(model=server.model, endpoint=server, max_tokens=3)
-        reply = model.invoke([HumanMessage("Hello")])
+def test_local_models() -> None:
+    """Types answer side by side, count their tokens, want their keys, and are gone once closed."""
+    models = [LocalModel.load(model_type) for model_type in MODEL_TYPES]
+    for model in models:
+        reply = model.invoke([HumanMessage("Hello")], max_tokens=3)
         assert isinstance(reply, AIMessage)
         assert reply.text
         assert reply.usage_metadata is not None
         assert reply.usage_metadata["output_tokens"] == 3
-        used = server()
         with pytest.raises(ModelError, match="answered 401"):
-            chat(Endpoint(used.url, "wrong"))
-    with pytest.raises(ModelError, match="no model answers"):
-        chat(used)
+            chat(Endpoint(model.endpoint.url, "wrong"))
+        model.close()
+        with pytest.raises(ModelError, match="no model answers"):
+            chat(model.endpoint)
 
 
 # -- report ---------------------------------------------------------------------------------------
@@ -413,7 +482,7 @@ def some_pass() -> Pass:
     nodes = {name: Tally(hits=2, saved=4.0, tokens_saved=7, hit_time=0.5) for name in NODES}
     nodes["generate"] = Tally(runs=1, hits=1, misses=1, saved=3.0, spent=2.0, hit_time=0.001)
     nodes[EMBEDDINGS] = Tally(misses=3)
-    return Pass("a pass", answers=2, seconds=1.5, nodes=nodes)
+    return Pass("a pass", answers=2, seconds=1.5, nodes=nodes, leases=7, loads=2)
 
 
 def test_pass_survives_json() -> None:
@@ -427,16 +496,29 @@ def cells(line: str) -> list[str]:
 
 def test_tables() -> None:
     """Both tables are aligned, and their numbers are those of the passes."""
-    cold = Pass("cold", 1, 1.5, some_pass().nodes)
-    passes = [cold, Pass("warm", 2, 0.5, some_pass().nodes)]
+    cold = Pass("cold", 1, 1.5, 3, 1, some_pass().nodes)
+    passes = [cold, Pass("warm", 2, 0.5, nodes=some_pass().nodes)]
     by_pass, by_node = passes_table(passes), nodes_table(total(passes))
     for lines in (by_pass, by_node):
         assert len({len(line) for line in lines}) == 1
     none = "0 of 2"
-    assert cells(by_pass[3]) == ["warm", "2", "0.50", "3.0x", none, none, none, "1 of 2", "3"]
+    counts = [none, none, none, "1 of 2", "3"]
+    assert cells(by_pass[3]) == ["warm", "2", "0.50", "3.0x", *counts, "0", "0"]
+    assert cells(by_pass[2])[-2:] == ["3", "1"]
     assert cells(passes_table(passes[1:])[2])[3] == "-", "there is no cold pass to compare with"
     assert cells(by_node[2]) == ["retrieve", "0", "4", "0", "-", "250.0", "8.0x", "8.00", "14"]
     assert cells(by_node[5]) == ["generate", "2", "2", "2", "2.000", "1.0", "3000.0x", "6.00", "0"]
+
+
+def test_resources_table() -> None:
+    """What is ours is counted; of a driver's own pool only the leases are known."""
+    models = ResourceStats(size=2, max_size=4, leases=9, loads=3, load_seconds=1.5, longest_wait=2)
+    head, _, ours, theirs = resources_table(
+        {"models": models, "db": ResourceStats(leases=5, loads=5, longest_wait=0.25)}
+    )
+    assert len({len(head), len(ours), len(theirs)}) == 1
+    assert cells(ours) == ["models", "9", "3", "1.50", "2000.0", "2", "4"]
+    assert cells(theirs) == ["db", "5", "-", "-", "250.0", "-", "driver's"]
 
 
 # -- the program ----------------------------------------------------------------------------------
@@ -449,22 +531,29 @@ def command(tmp_path: Path, *args: str) -> dict[str, Any]:
     return {"args": program, "cwd": CHECKOUT, "env": env, "text": True}
 
 
-def test_whole_job(tmp_path: Path, endpoint: Endpoints) -> None:
-    """The program runs to its tables, and its new process finds everything stored."""
+@pytest.mark.parametrize("database", [(), ("--postgres",)], ids=["sqlite", "postgres"])
+def test_whole_job(tmp_path: Path, endpoint: Endpoints, database: tuple[str, ...]) -> None:
+    """The program runs to its tables, and its new process finds everything stored.
+
+    With PostgreSQL it starts a server of its own, which its new process uses too.
+    """
     questions = tmp_path / "questions.txt"
     questions.write_text("What is a lambda expression?\n\nHow can I catch an exception?\n")
     options = (f"--base-url={endpoint.url}", "--api-key=s3cret", "--model=stub")
-    run = command(tmp_path, *options, f"--questions={questions}")
+    run = command(tmp_path, *options, f"--questions={questions}", *database)
     first = subprocess.run(**run, capture_output=True, timeout=100)
     assert (first.returncode, first.stderr) == (0, "")
-    rows = {row[0]: row[4:] for row in map(cells, first.stdout.splitlines()) if len(row) == 9}
+    rows = {row[0]: row[4:] for row in map(cells, first.stdout.splitlines()) if len(row) == 11}
     none = ["0 of 4"] * 4
     assert rows["first time"][:4] == ["2 of 4", "2 of 4", "4 of 4", "4 of 4"]
-    assert rows["again"] == [*none, "0"]
-    assert rows["new process"] == [*none, "0"]
-    edited = rows["after an edit of document 'lambda'"]
+    assert rows["again"] == [*none, "0", "0", "0"]
+    assert rows["new process"] == [*none, "0", "0", "0"]
+    edited = rows["after an edit of document 'lambda'"][:5]
     assert edited == ["2 of 4", "0 of 4", "4 of 4", "2 of 4", "1"]
-    assert rows["after bob asked for brief answers"] == [*none[:2], "2 of 4", "2 of 4", "0"]
+    assert rows["after bob asked for brief answers"][:5] == [*none[:2], "2 of 4", "2 of 4", "0"]
+    resources = {row[0]: row[1:] for row in map(cells, first.stdout.splitlines()) if len(row) == 7}
+    assert resources["db"][-1] == ("driver's" if database else "4")
+    assert (resources["embedder"][1], resources["models"][1]) == ("1", "2")
     assert len(endpoint.requests) == 8
     assert set(endpoint.keys) == {"Bearer s3cret"}
     assert not re.search(r"\x1b|\r|s3cret", first.stdout)
@@ -503,7 +592,7 @@ def test_next_run_starts_warm_unless_fresh(
         assert main([*args, *fresh]) == 0
         out = capsys.readouterr().out
         (row,) = [cells(line) for line in out.splitlines() if line.startswith("first time  ")]
-        rows.append(row[-5:])
+        rows.append(row[-7:-2])
         assert ("not cold: 8 answers were stored" in out) == (len(rows) == 2)
     embeddings = rows[0][-1]
     assert int(embeddings) > 0
@@ -518,6 +607,14 @@ def test_unusable_directory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["--cache-dir=file/cache"]) == 1
     err = capsys.readouterr().err
     assert re.fullmatch(r"error: .*file/cache.*\n", err)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_unreachable_database_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A server that is not there ends the program with one line that names it."""
+    assert main(["--base-url=http://h/v1", "--model=m", "--postgres=host=/nowhere/at/all"]) == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"error: PostgreSQL: .*/nowhere/at/all.*\n", err)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -537,6 +634,7 @@ def test_dead_endpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--base-url=http://localhost/v1"], "--model (or OPENAI_MODEL) is needed"),
         (["--questions=/nowhere/at/all"], "--questions: "),
         (["--questions=/dev/null"], "holds no question"),
+        (["--max-models=0"], "--max-models: got 0; accepted: a number of at least 1"),
     ],
 )
 def test_bad_arguments(

@@ -12,24 +12,37 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from examples.knowledge_base import models
-from examples.knowledge_base.documents import KnowledgeBase
+from examples.knowledge_base import databases, models
+from examples.knowledge_base.databases import DatabaseError
+from examples.knowledge_base.documents import knowledge_base
 from examples.knowledge_base.graph import NODES, Context, build_graph
-from examples.knowledge_base.models import ChatModel, Embedder, Endpoint, LocalServer, ModelError
+from examples.knowledge_base.models import (
+    LOCAL_MODEL,
+    MODEL_TYPES,
+    ChatModel,
+    Embedder,
+    Endpoint,
+    LocalModel,
+    ModelError,
+)
 from examples.knowledge_base.report import (
     Pass,
     Progress,
     Tally,
+    leased,
     nodes_table,
     passes_table,
+    resources_table,
     tallies,
     total,
 )
-from langgraph_perf import DiskCache, LangGraphPerfError
+from langgraph_perf import DiskCache, Keyed, LangGraphPerfError, Shared
+from langgraph_perf.resources import Resource
 
 QUESTIONS = [
     "What does the with statement do?",
@@ -39,23 +52,31 @@ QUESTIONS = [
 ]
 USERS = ["alice", "bob"]
 CHECKOUT = Path(__file__).resolve().parents[2]
+DSN_VARIABLE = "KNOWLEDGE_BASE_POSTGRES"
 
 
 class Asker:
     """Asks the graph questions, measures, and shows progress.
 
+    Args:
+        graph: see ``build_graph``.
+        progress: where to show it.
+        model: the name of the language model.
+
     Attributes:
         quoted: ids of the documents that answers quoted, in order.
     """
 
-    def __init__(self, graph: Any, progress: Progress) -> None:
+    def __init__(self, graph: Any, progress: Progress, model: str = "") -> None:
         self.quoted: list[str] = []
+        self._model = model
         self._graph = graph
         self._progress = progress
 
     def ask_all(self, name: str, questions: list[str], users: list[str]) -> Pass:
         """Ask every question for every user."""
         done = Pass(name)
+        leases, loads = leased(self._graph.perf.stats())
         self._progress.line(f"\n{name}")
         for question in questions:
             for user in users:
@@ -70,6 +91,10 @@ class Asker:
                 self._progress.line(f"{label}  {seconds:.3f} s, ran {ran}")
                 if nodes["generate"].runs:
                     self._progress.line(f"      {answer}")
+        more_leases, more_loads = leased(self._graph.perf.stats())
+        done.leases, done.loads = more_leases - leases, more_loads - loads
+        if not done.leases:
+            self._progress.line("  all from the cache: nothing was leased, nothing was loaded")
         return done
 
     def _ask(self, question: str, user: str, label: str) -> tuple[str, dict[str, Tally]]:
@@ -78,7 +103,7 @@ class Asker:
         state: dict[str, Any] = {}
         for mode, event in self._graph.stream(
             {"query": question, "user_id": user},
-            context=Context(user),
+            context=Context(user, self._model),
             stream_mode=["tasks", "values"],
         ):
             if mode == "values":
@@ -98,14 +123,19 @@ class Asker:
 
 def run(args: argparse.Namespace, progress: Progress) -> None:
     """The whole job. A child process (``--child``) only asks, and prints what it measured."""
-    documents = KnowledgeBase(args.data_dir / "knowledge.db")
     with ExitStack() as stack:
         stack.enter_context(progress.log(models.logger))
+        stack.enter_context(progress.log(databases.logger))
         cache = stack.enter_context(DiskCache(args.cache_dir))
-        endpoint = stack.enter_context(served(args))
-        model = ChatModel(model=args.model, endpoint=endpoint)
-        embedder = Embedder()
-        asker = Asker(build_graph(documents, embedder, model, cache), progress)
+        db = stack.enter_context(database(args))
+        resources: dict[str, Resource[Any]] = {
+            "db": db,
+            "embedder": Shared(Embedder, max_idle=300),
+            "models": Keyed(loader(args), max_size=args.max_models, close=ChatModel.close),
+        }
+        graph = build_graph(cache, resources)
+        stack.callback(graph.perf.close)
+        asker = Asker(graph, progress, args.model)
 
         def ask(name: str) -> Pass:
             return asker.ask_all(name, args.questions, args.user)
@@ -113,14 +143,16 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         if args.child:
             print(ask("new process").to_json())
             return
-        if args.fresh:
-            documents.path.unlink(missing_ok=True)
-        if documents.seed():
-            cache.clear()  # whatever it holds was made from a file that is gone
+        with db.lease() as connection:
+            if knowledge_base(connection).seed():
+                cache.clear()  # whatever it holds was made from data that are gone
 
-        # both will be needed, and loading them is not part of what the cache saves
-        embedder.embed(["warm up"])
-        endpoint()
+        # they will be needed, and loading them is not part of what the cache saves
+        with resources["embedder"].lease() as embedder:
+            embedder.embed(["warm up"])
+        for model_type in list(MODEL_TYPES)[: args.max_models]:
+            with resources["models"].lease(model_type):
+                pass
 
         passes = [ask("first time")]
         stored = passes[0].answers - passes[0].nodes["generate"].runs
@@ -132,25 +164,47 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
 
         # data first, tag second: a node that reads in between stores nothing that is served later
         for edited in asker.quoted[:1]:  # none if no question matched any document
-            documents.edit(edited)
+            with db.lease() as connection:
+                knowledge_base(connection).edit(edited)
             cache.invalidate("docs")
             passes.append(ask(f"after an edit of document {edited!r}"))
 
         user = args.user[-1]
-        style = "brief" if documents.profile(user).style == "detailed" else "detailed"
-        documents.set_style(user, style)
+        with db.lease() as connection:
+            documents = knowledge_base(connection)
+            style = "brief" if documents.profile(user).style == "detailed" else "detailed"
+            documents.set_style(user, style)
         cache.invalidate(f"user:{user}")
         passes.append(ask(f"after {user} asked for {style} answers"))
 
-    for line in ["", *passes_table(passes), "", *nodes_table(total(passes))]:
-        progress.line(line)
+        tables = (
+            passes_table(passes),
+            nodes_table(total(passes)),
+            resources_table(graph.perf.stats().resources),
+        )
+        for line in (line for table in tables for line in ["", *table]):
+            progress.line(line)
 
 
-def served(args: argparse.Namespace) -> AbstractContextManager[Any]:
-    """What tells the chat model its endpoint: the one given, or a server of our own."""
+@contextmanager
+def database(args: argparse.Namespace) -> Iterator[Resource[Any]]:
+    """The resource ``db``: connections to what ``--postgres`` names, or to a SQLite file."""
+    if args.postgres is None:
+        yield databases.sqlite(args.data_dir / "knowledge.db", fresh=args.fresh)
+        return
+    with ExitStack() as stack:
+        if not args.postgres:
+            server = databases.private_postgres(args.data_dir / "postgres")
+            args.postgres = stack.enter_context(server)
+        yield stack.enter_context(databases.postgres(args.postgres, fresh=args.fresh))
+
+
+def loader(args: argparse.Namespace) -> Callable[[str], ChatModel]:
+    """What loads a language model of a type: here, or by pointing to the endpoint given."""
     if args.base_url is None:
-        return LocalServer()
-    return nullcontext(lambda: Endpoint(args.base_url, args.api_key))
+        return LocalModel.load
+    endpoint = Endpoint(args.base_url, args.api_key)
+    return lambda model_type: ChatModel(model=args.model, endpoint=endpoint)
 
 
 def in_new_process(args: argparse.Namespace) -> Pass:
@@ -163,7 +217,11 @@ def in_new_process(args: argparse.Namespace) -> Pass:
     command += [f"--cache-dir={args.cache_dir}", f"--data-dir={args.data_dir}"]
     command += [f"--question={question}" for question in args.questions]
     command += [f"--user={user}" for user in args.user]
+    command.append(f"--max-models={args.max_models}")
     env = dict(os.environ)
+    if args.postgres is not None:
+        command.append("--postgres")
+        env[DSN_VARIABLE] = args.postgres
     if args.base_url is not None:
         # not on the command line, which every user of the machine can read
         env |= {"OPENAI_BASE_URL": args.base_url, "OPENAI_API_KEY": args.api_key}
@@ -176,10 +234,9 @@ def in_new_process(args: argparse.Namespace) -> Pass:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; exits with a message when it is wrong."""
     parser = argparse.ArgumentParser(prog="python -m examples.knowledge_base", description=__doc__)
-    cache = Path(".cache")
-    parser.add_argument("--cache-dir", type=Path, default=cache / "knowledge_base", metavar="DIR")
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="where results are cached")
     parser.add_argument(
-        "--data-dir", type=Path, default=cache / "knowledge_base_data", metavar="DIR"
+        "--data-dir", type=Path, default=Path(".cache/knowledge_base_data"), metavar="DIR"
     )
     parser.add_argument("--fresh", action="store_true", help="forget cached results and data first")
     parser.add_argument(
@@ -190,6 +247,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", ""))
     parser.add_argument("--model", default=os.environ.get("OPENAI_MODEL"))
+    parser.add_argument(
+        "--max-models", type=int, default=2, metavar="N", help="language models in memory at most"
+    )
+    parser.add_argument(
+        "--postgres",
+        nargs="?",
+        const=os.environ.get(DSN_VARIABLE, ""),
+        metavar="DSN",
+        help="keep the documents in PostgreSQL instead of SQLite, in a schema of its own (default"
+        f" DSN: ${DSN_VARIABLE}, else a private server that is started for it)",
+    )
     parser.add_argument("--questions", type=Path, metavar="FILE", help="one question per line")
     parser.add_argument("--question", action="append", help="a question; may be repeated")
     parser.add_argument("--user", action="append", help="who asks; may be repeated")
@@ -197,11 +265,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     if args.base_url is None:
-        args.model = LocalServer.model
+        args.model = LOCAL_MODEL
     elif not args.base_url.startswith(("http://", "https://")):
         parser.error(f"--base-url: got {args.base_url!r}; accepted: an http:// or https:// address")
     elif not args.model:
         parser.error("--model (or OPENAI_MODEL) is needed with --base-url")
+    if args.max_models < 1:
+        parser.error(f"--max-models: got {args.max_models}; accepted: a number of at least 1")
     asked = args.question or []
     if args.questions is not None:
         try:
@@ -213,6 +283,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--questions: {args.questions} holds no question")
     args.questions = asked or QUESTIONS
     args.user = args.user or USERS
+    if args.cache_dir is None:
+        # results from one database are none from the other
+        name = "knowledge_base" if args.postgres is None else "knowledge_base_postgres"
+        args.cache_dir = Path(".cache", name)
     args.cache_dir, args.data_dir = args.cache_dir.resolve(), args.data_dir.resolve()
     return args
 
@@ -229,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         progress.line("interrupted")
         return 130
-    except (ModelError, LangGraphPerfError, OSError, sqlite3.Error) as exc:
+    except (ModelError, DatabaseError, LangGraphPerfError, OSError, sqlite3.Error) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 1
     return 0

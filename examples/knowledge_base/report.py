@@ -1,4 +1,4 @@
-"""What the run shows: progress while it works, and tables of what the cache saved."""
+"""What the run shows: progress, and tables of what the cache saved and the resources did."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TextIO
 
 from examples.knowledge_base.graph import EMBEDDINGS, NODES
+from langgraph_perf.resources import ResourceStats
 from langgraph_perf.stats import NodeStats, Stats
 
 CLEAR_LINE = "\r\x1b[2K"
@@ -93,11 +94,16 @@ class Tally:
 
 @dataclass
 class Pass:
-    """All questions of all users asked once. ``nodes`` has the document embeddings as well."""
+    """All questions of all users asked once. ``nodes`` has the document embeddings as well.
+
+    ``leases`` and ``loads`` count what happened to the resources.
+    """
 
     name: str
     answers: int = 0
     seconds: float = 0.0
+    leases: int = 0
+    loads: int = 0
     nodes: dict[str, Tally] = field(default_factory=dict)
 
     @property
@@ -130,6 +136,14 @@ def tallies(before: Stats, after: Stats) -> dict[str, Tally]:
     return tallied
 
 
+def leased(stats: Stats) -> tuple[int, int]:
+    """How many leases and loads of all resources there have been."""
+    resources = stats.resources.values()
+    # of a driver's own pool only the driver knows what it opens: every lease counts as a load
+    loads = sum(s.loads for s in resources if s.max_size is not None)
+    return sum(s.leases for s in resources), loads
+
+
 def total(passes: Sequence[Pass]) -> dict[str, Tally]:
     """By node, the sums over all passes."""
     sums: dict[str, Tally] = {}
@@ -143,13 +157,12 @@ def passes_table(passes: Sequence[Pass]) -> list[str]:
     """One row for each pass: how long it took, how much faster than cold that is, and how often
     each node really ran."""
     cold = passes[0].seconds if passes[0].cold else 0.0
-    rows = [["pass", "answers", "seconds", "faster", *NODES, "embeddings"]]
+    rows = [["pass", "answers", "seconds", "faster", *NODES, "embeddings", "leases", "loads"]]
     for p in passes:
         ran = [f"{p.nodes[n].runs} of {p.answers}" for n in NODES]
         embedded = str(p.nodes[EMBEDDINGS].misses)
-        rows.append(
-            [p.name, str(p.answers), f"{p.seconds:.2f}", _times(cold, p.seconds), *ran, embedded]
-        )
+        row = [p.name, str(p.answers), f"{p.seconds:.2f}", _times(cold, p.seconds), *ran, embedded]
+        rows.append([*row, str(p.leases), str(p.loads)])
     return _aligned(rows)
 
 
@@ -171,6 +184,25 @@ def nodes_table(nodes: Mapping[str, Tally]) -> list[str]:
                 _times(t.saved, t.hit_time),
                 f"{t.saved:.2f}",
                 str(t.tokens_saved),
+            ]
+        )
+    return _aligned(rows)
+
+
+def resources_table(resources: Mapping[str, ResourceStats]) -> list[str]:
+    """One row for each resource of this process: how it was used, and what there is of it now."""
+    rows = [["resource", "leases", "loads", "s loading", "ms longest wait", "in memory", "at most"]]
+    for name, s in resources.items():
+        mine = s.max_size is not None
+        rows.append(
+            [
+                name,
+                str(s.leases),
+                str(s.loads) if mine else "-",
+                f"{s.load_seconds:.2f}" if mine else "-",
+                f"{1000 * s.longest_wait:.1f}",
+                str(s.size) if mine else "-",
+                str(s.max_size) if mine else "driver's",
             ]
         )
     return _aligned(rows)
