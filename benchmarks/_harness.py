@@ -7,15 +7,19 @@ What disturbs the machine for a while then spoils a few rounds, not the result.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import gc
+import json
 import os
+import platform
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -91,6 +95,7 @@ class Result:
         measured: what the target bounds: the ratio, unless ``measure`` says otherwise.
         measure: what ``measured`` is.
         note: what else there is to know.
+        details: the same as numbers, for the JSON file.
     """
 
     row: str
@@ -107,6 +112,7 @@ class Result:
     measured: float
     measure: str = "ratio"
     note: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def reached(self) -> bool | None:
@@ -128,6 +134,7 @@ def result(
     measured: float | None = None,
     measure: str = "ratio",
     note: str = "",
+    details: Mapping[str, Any] | None = None,
 ) -> Result:
     """The row that ``comparison`` makes; see ``Result``."""
     ratios = comparison.ratios
@@ -147,6 +154,7 @@ def result(
         measured=ratio if measured is None else measured,
         measure=measure,
         note=note,
+        details=details or {},
     )
 
 
@@ -319,3 +327,51 @@ def _amount(value: float, unit: str) -> str:
         return f"{value:,.4g} {unit}"
     name, factor = next((u for u in _UNITS if value >= u[1]), _UNITS[-1])
     return f"{value / factor:.4g} {name}"
+
+
+# -- the program -----------------------------------------------------------------------------------
+
+
+def program(
+    module: str,
+    description: str | None,
+    rows: Mapping[str, Callable[[Effort], Iterator[Result]]],
+    packages: Sequence[str],
+    thorough: Effort,
+    quick: Effort,
+    argv: Sequence[str] | None,
+) -> int:
+    """A benchmark's command line: measure, print the table, write the JSON file.
+
+    Args:
+        module: its name in this package.
+        description: what ``--help`` says.
+        rows: what it measures, by the names that ``--only`` takes.
+        packages: whose versions go into the file.
+        thorough: the effort by default.
+        quick: the effort with ``--quick``.
+        argv: the arguments, by default those of the process.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller sizes")
+    parser.add_argument("--only", nargs="+", choices=rows, metavar="NAME", help=", ".join(rows))
+    options = parser.parse_args(argv)
+    effort = quick if options.quick else thorough
+    results: list[Result] = []
+    for name in options.only or rows:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        for found in rows[name](effort):
+            print(f"  {found.row}: {found.ratio:.3g}", file=sys.stderr, flush=True)
+            results.append(found)
+    print(table(results))
+    if options.json is not None:
+        report = {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "versions": {package: version(package) for package in packages},
+            "effort": asdict(effort),
+            "rows": [found.json() for found in results],
+        }
+        options.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return 0

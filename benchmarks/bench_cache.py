@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
-import json
 import mmap
 import operator
-import platform
 import random
 import subprocess
 import sys
@@ -19,8 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import replace
 from itertools import count, cycle
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,9 +43,9 @@ from benchmarks._harness import (
     event_loop,
     frozen,
     output,
+    program,
     result,
     start,
-    table,
 )
 from langgraph_perf import CachePolicy, DiskCache, MemoryCache, StateGraph, keys
 
@@ -729,29 +725,8 @@ ROWS: dict[str, Callable[[Effort], Iterator[Result]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the JSON file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_cache", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller sizes")
-    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
-    options = parser.parse_args(argv)
-    effort = QUICK if options.quick else THOROUGH
-    results: list[Result] = []
-    for name in options.only or ROWS:
-        print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        for found in ROWS[name](effort):
-            print(f"  {found.row}: {found.ratio:.3g}", file=sys.stderr, flush=True)
-            results.append(found)
-    print(table(results))
-    if options.json is not None:
-        report = {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "versions": {p: version(p) for p in ("langgraph", "langgraph-perf", "diskcache")},
-            "effort": asdict(effort),
-            "rows": [found.json() for found in results],
-        }
-        options.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    return 0
+    packages = ("langgraph", "langgraph-perf", "diskcache")
+    return program("bench_cache", __doc__, ROWS, packages, THOROUGH, QUICK, argv)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,15 @@
 
 ``python -m benchmarks.bench_pools [--json FILE] [--quick] [--only NAME ...]``
 
-Needs sqlalchemy, greenlet, psycopg (with libpq), psycopg_pool and generic-connection-pool. All of
-them pool objects that do nothing, so that only the pools are measured.
+Needs the extra ``bench``. All of them pool objects that do nothing, so that only the pools are
+measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import functools
-import json
-import platform
+import operator
 import queue
 import random
 import sys
@@ -20,19 +18,20 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
-from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 from unittest.mock import patch
 
 import generic_connection_pool.asyncio as gcp_asyncio
 import generic_connection_pool.threading as gcp_threading
 import psycopg_pool
+from langgraph.graph import START
+from langgraph.graph import StateGraph as LangGraphStateGraph
+from langgraph.types import Send
 from psycopg.pq import TransactionStatus
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util import greenlet_spawn
+from typing_extensions import TypedDict
 
 from benchmarks._harness import (
     Batch,
@@ -41,11 +40,15 @@ from benchmarks._harness import (
     Result,
     compare,
     event_loop,
+    program,
     result,
-    table,
 )
-from langgraph_perf.resources import MAX_OVERTAKE_SECONDS, Keyed, Pool
+from langgraph_perf import Keyed, Pool, StateGraph
+from langgraph_perf.resources import MAX_OVERTAKE_SECONDS
 from langgraph_perf.resources import keyed as keyed_module
+from langgraph_perf.resources._entry import Entry
+from langgraph_perf.resources._shared import SharedCore
+from langgraph_perf.resources._waiters import Waiter
 
 THOROUGH = Effort()
 QUICK = Effort(rounds=9, size=0.25)
@@ -437,6 +440,7 @@ class Contest:
         return median(waits[-1] / max(median(waits), 1e-9) for waits in self.waits[0])
 
     def result(self, row: str, name: str, target: float | None = None) -> Result:
+        sides = {"ours": _waits(self.waits[0]), "theirs": _waits(self.waits[1])}
         return result(
             row,
             name,
@@ -444,14 +448,22 @@ class Contest:
             target=target,
             measured=self.unfairness,
             measure="longest wait / median",
-            note="waits in ms, median/p99/longest: ours "
-            + " | theirs ".join(_waits(waits) for waits in self.waits),
+            note="waits in ms, median/p99/longest: "
+            + " | ".join(
+                f"{side} " + "/".join(f"{1000 * seconds:.2g}" for seconds in waits.values())
+                for side, waits in sides.items()
+            ),
+            details={"seconds waited": sides},
         )
 
 
-def _waits(rounds: list[Seconds]) -> str:
-    each = [(waits[len(waits) // 2], waits[int(len(waits) * 0.99)], waits[-1]) for waits in rounds]
-    return "/".join(f"{median(column) * 1000:.2g}" for column in zip(*each, strict=True))
+def _waits(rounds: list[Seconds]) -> dict[str, float]:
+    """The median over the rounds of the median, the 99th percentile and the longest wait."""
+    return {
+        "median": median(waits[len(waits) // 2] for waits in rounds),
+        "p99": median(waits[int(len(waits) * 0.99)] for waits in rounds),
+        "longest": median(waits[-1] for waits in rounds),
+    }
 
 
 def threads(effort: Effort) -> Iterator[Result]:
@@ -520,6 +532,88 @@ def mixed(effort: Effort) -> Iterator[Result]:
     yield contest.result(f"32 threads and {number} tasks", "psycopg_pool, 5 for each kind")
 
 
+class Item(TypedDict):
+    """What one branch of the fan-out is given."""
+
+    number: int
+
+
+class Fan(TypedDict):
+    """A fan-out, and what its branches were given."""
+
+    served: Annotated[list[int], operator.add]
+
+
+def fanout(effort: Effort) -> Iterator[Result]:
+    """A graph sends to 500 nodes at once, which share 2 objects."""
+    number = effort.scaled(500)
+
+    def graph(builder: Any, node: Any, **declared: Any) -> Any:
+        builder.add_node("node", node, input_schema=Item, **declared)
+        send = [Send("node", {"number": n}) for n in range(number)]
+        return builder.add_conditional_edges(START, lambda state: send, ["node"])
+
+    async def leasing(state: Item, db: Dummy) -> dict[str, list[int]]:
+        await asyncio.sleep(HELD)
+        return {"served": [state["number"]] if type(db) is Dummy else []}
+
+    sides: tuple[Seconds, Seconds] = ([], [])
+    missed = 0
+
+    async def play() -> None:
+        nonlocal missed
+        async with AsyncPools() as pools:
+            theirs = await pools.psycopg(2)
+
+            async def plain(state: Item) -> dict[str, list[int]]:
+                async with theirs.connection():
+                    await asyncio.sleep(HELD)
+                return {"served": [state["number"]]}
+
+            pool = Pool(Dummy, max_size=2, timeout=300)
+            ours = graph(StateGraph(Fan), leasing, resources=["db"]).compile(resources={"db": pool})
+            both = (ours, graph(LangGraphStateGraph(Fan), plain).compile())
+            for _ in range(effort.at_most(5)):
+                for side, compiled in enumerate(both):
+                    began = time.perf_counter()
+                    served = (await compiled.ainvoke({"served": []}))["served"]
+                    sides[side].append(time.perf_counter() - began)
+                    if side == 0:
+                        missed += len(set(range(number)) - set(served))
+            await pool.aclose()
+
+    with event_loop() as loop:
+        loop.run_until_complete(play())
+    yield result(
+        f"fan-out of {number} over 2",
+        "plain graph, " + PSYCOPG_CONTEXT,
+        Comparison(*sides),
+        target=0,
+        measured=missed,
+        measure="not served",
+    )
+
+
+@contextmanager
+def _overtaking() -> Iterator[Seconds]:
+    """The ages of all who waited for room when somebody who came later was given something."""
+    ages: Seconds = []
+    hand = SharedCore._hand
+
+    def spy(self: SharedCore, waiter: Waiter, entry: Entry) -> None:
+        if not entry.fresh:  # what was loaded for a waiter was given to it when the load began
+            now = self.clock()
+            ages.extend(
+                now - other.since
+                for other in self.queue
+                if other.since < waiter.since and (other.key, other.loop) not in self.slots
+            )
+        hand(self, waiter, entry)
+
+    with patch.object(SharedCore, "_hand", spy):
+        yield ages
+
+
 def keyed(effort: Effort) -> Iterator[Result]:
     """384 leases over 8 keys, 4 objects at a time; a load takes 40 ms, a use 5 ms."""
     loads: Seconds = []
@@ -565,6 +659,22 @@ def keyed(effort: Effort) -> Iterator[Result]:
         measured=max(loads),
         measure="loads",
         note=f"loads: ours {median(loads):g}, strict order {median(strict_loads):g}",
+    )
+    bound = 0.05
+    ages: tuple[Seconds, Seconds] = ([], [])
+    for _ in range(effort.at_most(5)):
+        for side, overtake in enumerate((bound, MAX_OVERTAKE_SECONDS)):
+            with _overtaking() as found:
+                run(overtake)
+            ages[side].append(max(found, default=1e-9))
+    yield result(
+        f"oldest overtaken, bound {bound:g} s",
+        f"bound {MAX_OVERTAKE_SECONDS:g} s",
+        Comparison(*ages),
+        target=bound,
+        measured=round(max(ages[0]), 3),
+        measure="s waited by then",
+        note="the same leases; waiters for room who saw later ones served before them",
     )
 
 
@@ -646,6 +756,7 @@ ROWS: dict[str, Callable[[Effort], Iterator[Result]]] = {
     "threads": threads,
     "tasks": tasks,
     "mixed": mixed,
+    "fanout": fanout,
     "keyed": keyed,
     "bystander": bystander,
     "reaping": reaping,
@@ -656,29 +767,7 @@ PACKAGES = ("langgraph-perf", "sqlalchemy", "psycopg-pool", "generic-connection-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the JSON file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_pools", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller sizes")
-    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
-    options = parser.parse_args(argv)
-    effort = QUICK if options.quick else THOROUGH
-    results: list[Result] = []
-    for name in options.only or ROWS:
-        print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        for found in ROWS[name](effort):
-            print(f"  {found.row}: {found.ratio:.3g}", file=sys.stderr, flush=True)
-            results.append(found)
-    print(table(results))
-    if options.json is not None:
-        report = {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "versions": {package: version(package) for package in PACKAGES},
-            "effort": asdict(effort),
-            "rows": [found.json() for found in results],
-        }
-        options.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    return 0
+    return program("bench_pools", __doc__, ROWS, PACKAGES, THOROUGH, QUICK, argv)
 
 
 if __name__ == "__main__":
