@@ -21,6 +21,7 @@ from langgraph_perf.policy import CacheControl, CachePolicy
 if TYPE_CHECKING:
     from langgraph_perf.caches.disk import DiskCache
     from langgraph_perf.caches.memory import MemoryCache
+    from langgraph_perf.caches.redis import RedisCache
     from langgraph_perf.caches.tiered import TieredCache
     from langgraph_perf.resources import FromContext, Keyed, Pool, Shared, Use
 
@@ -40,6 +41,7 @@ __all__ = [
     "Pool",
     "PoolClosed",
     "PoolTimeout",
+    "RedisCache",
     "ResourceError",
     "Shared",
     "StateGraph",
@@ -55,6 +57,7 @@ __all__ = [
 _LATER = {
     "DiskCache": "caches.disk",
     "MemoryCache": "caches.memory",
+    "RedisCache": "caches.redis",
     "TieredCache": "caches.tiered",
     **dict.fromkeys(("FromContext", "Keyed", "Pool", "Shared", "Use"), "resources"),
 }

@@ -24,6 +24,7 @@ def test_the_exports() -> None:
         "Pool",
         "PoolClosed",
         "PoolTimeout",
+        "RedisCache",
         "ResourceError",
         "Shared",
         "StateGraph",

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from langgraph_perf.caches.base import Entry
 from langgraph_perf.caches.disk import DiskCache
+from langgraph_perf.testing import entry as entry
 from tests.conftest import Clock
+from tests.redis_server import own_server as own_server
+from tests.redis_server import proxy as proxy
+from tests.redis_server import redis_server as redis_server
 
 
 @pytest.fixture
@@ -17,8 +20,3 @@ def disk(tmp_path: Path, clock: Clock) -> Iterator[DiskCache]:
     """A disk cache in a fresh directory."""
     with DiskCache(tmp_path / "cache", clock=clock) as cache:
         yield cache
-
-
-def entry(payload: bytes = b"value", **fields: object) -> Entry:
-    """An entry made at the time a fresh ``Clock`` shows."""
-    return Entry(payload, **{"created": 1_700_000_000.0, **fields})

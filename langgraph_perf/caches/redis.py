@@ -1,0 +1,708 @@
+"""A cache in Redis or Valkey, shared by any number of machines.
+
+What a prefix ``lgp`` keeps there (``{}`` are real braces, so that on a cluster an entry and its
+lease share a slot; nothing else has to):
+
+=====================  ===========================================================================
+``lgp:1:e:{digest}``   an entry: one string, checksummed; expires with the entry
+``lgp:1:l:{digest}``   the lease of the entry's key: its holder's token; expires with the lease
+``lgp:1:t:{tag id}``   a tag's token; expires when nobody has asked for it in a month
+``lgp:1:w:{digest}``   a channel: something happened to the entry's lease
+``lgp:1:views``        a channel to which those subscribe that know tag tokens without asking
+=====================  ===========================================================================
+
+A lookup is one ``MGET`` of the entry and of the tokens it is likely to depend on, so both are of
+one moment; only an entry with unforeseen tags (those of cached calls inside the call) takes a
+second one. Scripts are used where something must happen to nobody else's lease or value.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from langgraph.cache.base import FullKey, Namespace
+from langgraph.checkpoint.serde.base import SerializerProtocol
+
+from langgraph_perf.caches._redis_connect import Source
+from langgraph_perf.caches._redis_lines import AsyncLine, ClusterLine, Command, Line, Script
+from langgraph_perf.caches._redis_listener import Listener
+from langgraph_perf.caches._redis_view import VIEW_SECONDS
+from langgraph_perf.caches.base import (
+    CacheStats,
+    DamagedEntry,
+    Entry,
+    Lease,
+    Lookup,
+    TokenCache,
+    key_digest,
+    namespace_tag,
+    new_token,
+    pack,
+    require_seconds,
+    timely,
+    unpack,
+)
+from langgraph_perf.errors import ConfigurationError
+
+T = TypeVar("T")
+Steps = Generator[list[Command], list[Any], T]
+
+_TOKEN_SECONDS = 30 * 86400
+_AT_ONCE = 64
+"""Most keys of one ``MGET``: what is worked off in one go, which an event loop must stand."""
+_SCAN = 1000
+_POLL = 0.1
+"""Seconds between looks at a lease when nobody can tell of it."""
+
+# KEYS: entry, lease. ARGV: token or '', milliseconds or '0', channel, entry.
+_WRITE = Script("""
+if ARGV[1] ~= '' and redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
+local mark = redis.pcall('GETRANGE', KEYS[1], 4, 6)
+if mark ~= '' and mark ~= 'LGP' then return -1 end
+if ARGV[2] == '0' then redis.call('SET', KEYS[1], ARGV[4])
+else redis.call('SET', KEYS[1], ARGV[4], 'PX', ARGV[2]) end
+if redis.call('DEL', KEYS[2]) == 1 then redis.pcall('PUBLISH', ARGV[3], '') end
+return 1
+""")
+# KEYS: lease. ARGV: token, milliseconds. Its own lease it may take again: an answer can get lost.
+_ACQUIRE = Script("""
+if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 1 end
+if redis.call('PTTL', KEYS[1]) == -1 then return -1 end
+if redis.call('GET', KEYS[1]) == ARGV[1] then return 1 end
+return 0
+""")
+_RENEW = Script("""
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+""")
+# KEYS: lease. ARGV: token, channel.
+_RELEASE = Script("""
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.pcall('PUBLISH', ARGV[2], '')
+return redis.call('DEL', KEYS[1])
+""")
+
+
+class RedisCache(TokenCache):
+    """Keeps entries in Redis (6.2 or later) or Valkey, for all processes that use one ``prefix``.
+
+    Nothing connects before the first operation; ``ping`` tells whether the server can be used.
+    Threads share one connection, and so do the tasks of an event loop: what is asked while an
+    answer is on its way goes out together. Tiers in front of it know tag tokens without asking
+    (``CLIENT TRACKING``); then ``invalidate`` and ``clear`` return up to 50 ms later, when no
+    process relies on the old tokens any more.
+
+    On a cluster tiers ask for tokens on each hit, what is awaited takes a thread, and results of
+    other processes are polled for; with Sentinel, what is awaited takes a thread.
+
+    Args:
+        url_or_client: ``redis://``, ``rediss://`` or ``unix://`` URL, or a ``redis.Redis``,
+            ``redis.asyncio.Redis`` or ``redis.RedisCluster`` client; of a client the settings are
+            used, and it stays its owner's.
+        prefix: begins every key; caches with different ones share nothing.
+        timeout: seconds an operation may take.
+        connect_timeout: seconds connecting may take.
+        lease_seconds: how long a killed process delays those that wait for its result.
+        serde: see ``Cache``.
+        clock: see ``Cache``; it should agree between machines to a fraction of the times to live.
+
+    Raises:
+        ConfigurationError: an argument is not as described.
+        ImportError: the ``redis`` extra is not installed.
+    """
+
+    shared = True
+    notifies = True
+
+    def __init__(
+        self,
+        url_or_client: object,
+        *,
+        prefix: str = "lgp",
+        timeout: float = 1.0,
+        connect_timeout: float = 1.0,
+        lease_seconds: float = 10.0,
+        serde: SerializerProtocol | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(serde=serde, clock=clock)
+        if not isinstance(prefix, str) or not re.fullmatch(r"[\w.:-]{1,100}", prefix, re.ASCII):
+            raise ConfigurationError(
+                f"prefix: got {prefix!r}; accepted: 1 to 100 letters, digits and _ . : -"
+            )
+        self.prefix = prefix
+        self.timeout = require_seconds("timeout", timeout)
+        self.connect_timeout = require_seconds("connect_timeout", connect_timeout)
+        self.lease_seconds = require_seconds("lease_seconds", lease_seconds)
+        self._source = Source(url_or_client, self.timeout, self.connect_timeout)
+        self._root = f"{prefix}:1:"
+        self._presence = f"{self._root}views".encode()
+        self._counting = threading.Lock()
+        self._connect()
+
+    def _connect(self) -> None:
+        source = self._source
+        self._line: Line | ClusterLine
+        if source.connect is None:
+            self._line = ClusterLine(source.cluster)
+        else:
+            self._line = Line(source.connect, self.timeout + self.connect_timeout)
+        self._lines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncLine] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._listener: Listener | None = None
+        self._finalizer = weakref.finalize(self, self._line.close)
+
+    @property
+    def round_trips(self) -> int:
+        """How many batches of commands went to the server from here, without the listener's."""
+        with self._counting:
+            return self._line.trips + sum([line.trips for line in self._lines.values()])
+
+    def ping(self) -> None:
+        """Check that the server can be used.
+
+        Raises:
+            ConfigurationError: it cannot be reached, wants another password, is too old, ….
+        """
+        try:
+            self._do(self._pinging())
+        except Exception as exc:
+            raise ConfigurationError(_unusable(exc)) from exc
+
+    async def aping(self) -> None:
+        """Like ``ping``, without blocking the event loop."""
+        try:
+            await self._ado(self._pinging())
+        except Exception as exc:
+            raise ConfigurationError(_unusable(exc)) from exc
+
+    def _pinging(self) -> Steps[None]:
+        (reply,) = yield [(_RENEW, 1, self._name("l", "ping"), "nobody", 1)]
+        _good(reply)
+
+    # -- entries ----------------------------------------------------------------------------------
+
+    def read(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
+        """One answer for each lookup, in order; only servable entries."""
+        return self._do(self._reading(lookups))
+
+    def peek(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
+        """Like ``read``, but whatever became of the entries' tags; counts nothing."""
+        return self._do(self._peeking(lookups))
+
+    def write(self, key: FullKey, entry: Entry, lease: Lease | None = None) -> bool:
+        """Store, and give ``lease`` back with it.
+
+        ``False`` when nothing was stored: ``lease`` no longer holds the key, there is something
+        under the entry's name that is not this library's, or the cache is closed.
+        """
+        return self._do(self._writing(key, entry, lease))
+
+    def clear(self, namespaces: Sequence[Namespace] | None = None) -> None:
+        """Delete what is in exactly these namespaces; ``None`` deletes everything."""
+        wait = self._do(self._clearing(namespaces))
+        if wait:
+            time.sleep(wait)
+
+    async def aread(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
+        """Like ``read``, without blocking the event loop."""
+        return await self._ado(self._reading(lookups))
+
+    async def apeek(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
+        """Like ``peek``, without blocking the event loop."""
+        return await self._ado(self._peeking(lookups))
+
+    async def awrite(self, key: FullKey, entry: Entry, lease: Lease | None = None) -> bool:
+        """Like ``write``, without blocking the event loop."""
+        return await self._ado(self._writing(key, entry, lease))
+
+    async def aclear(self, namespaces: Sequence[Namespace] | None = None) -> None:
+        """Like ``clear``, without blocking the event loop."""
+        await asyncio.sleep(await self._ado(self._clearing(namespaces)))
+
+    def _reading(self, lookups: Sequence[Lookup]) -> Steps[list[Entry | None]]:
+        if self._closed or not lookups:
+            return self._checked(lookups, [None] * len(lookups), {})
+        # what was stored through tiers depends on its namespace as well
+        tags = list(dict.fromkeys([namespace_tag(lookup.key[0]) for lookup in lookups]))
+        for lookup in lookups:
+            if lookup.tags:
+                tags += [tag for tag in lookup.tags if tag not in tags]
+        since = self._mark()
+        blobs = yield from self._get(
+            [self._name("e", key_digest(lookup.key).hex()) for lookup in lookups]
+            + [self._name("t", tag) for tag in tags]
+        )
+        entries = yield from self._unpacked(lookups, blobs)
+        current = _tokens(tags, blobs[len(lookups) :])
+        needed = {tag for entry in entries if entry is not None for tag, _ in entry.deps}
+        unforeseen = needed.difference(tags)
+        if unforeseen:
+            current.update((yield from self._peeking_tags(unforeseen)))
+        self._learn(since, current)
+        return self._checked(lookups, entries, current)
+
+    def _peeking(self, lookups: Sequence[Lookup]) -> Steps[list[Entry | None]]:
+        if self._closed or not lookups:
+            return [None] * len(lookups)
+        blobs = yield from self._get(
+            [self._name("e", key_digest(lookup.key).hex()) for lookup in lookups]
+        )
+        return (yield from self._unpacked(lookups, blobs))
+
+    def _unpacked(
+        self, lookups: Sequence[Lookup], blobs: Sequence[Any]
+    ) -> Steps[list[Entry | None]]:
+        now = self.clock()
+        entries: list[Entry | None] = []
+        for i, lookup in enumerate(lookups):
+            if i and i % _AT_ONCE == 0:
+                yield []  # an event loop has other things to do
+            entry = None
+            if blobs[i] is not None:
+                try:
+                    entry = unpack(lookup.key, blobs[i], self.value_serde)
+                except DamagedEntry:
+                    self._tally.add(damaged=1)
+            entries.append(entry if entry is not None and timely(entry, lookup, now) else None)
+        return entries
+
+    def _writing(self, key: FullKey, entry: Entry, lease: Lease | None) -> Steps[bool]:
+        if self._closed:
+            return False
+        milliseconds = 0
+        if entry.expires is not None:
+            milliseconds = max(1, math.ceil((entry.expires - self.clock()) * 1000))
+        digest = key_digest(key).hex()
+        (reply,) = yield [
+            (
+                _WRITE,
+                2,
+                self._name("e", digest),
+                self._name("l", digest),
+                lease.token if lease is not None else "",
+                milliseconds,
+                self._name("w", digest),
+                pack(key, entry, self.value_serde),
+            )
+        ]
+        if _good(reply) != 1:
+            if reply == -1:
+                self._tally.add(refused=1)
+            return False
+        self._tally.add(writes=1)
+        return True
+
+    def _clearing(self, namespaces: Sequence[Namespace] | None) -> Steps[float]:
+        """Returns for how many seconds somebody may not have noticed."""
+        if self._closed or (namespaces is not None and not namespaces):
+            return 0.0
+        wait = 0.0
+        if namespaces is None:
+            yield from self._delete("t", "")
+            listener = self._listener
+            if listener is not None:
+                listener.view.flush()
+            wait = yield from self._others_know()
+            yield from self._delete("e", "")
+            return wait
+        tags = [namespace_tag(tuple(namespace)) for namespace in namespaces]
+        wait = yield from self._dropping(tags)
+        for tag in tags:  # an entry's name begins with its namespace's digest
+            yield from self._delete("e", tag)
+        return wait
+
+    def _delete(self, kind: str, start: str) -> Steps[None]:
+        """Delete our keys of this kind whose names begin so; others are left alone."""
+        pattern = f"{self._name(kind, start)[:-1]}*"
+        ours = re.compile(rf"{re.escape(self._name(kind, ''))[:-2]}[0-9a-f]+\}}".encode())
+        names: list[bytes]
+        if self._source.cluster is not None:
+            names = list(self._source.cluster.scan_iter(match=pattern, count=_SCAN))
+            names = [name for name in names if ours.fullmatch(name)]
+            for at in range(0, len(names), _SCAN):
+                for reply in (yield [("UNLINK", name) for name in names[at : at + _SCAN]]):
+                    _good(reply)
+            return
+        cursor: Any = b"0"
+        while True:
+            (reply,) = yield [("SCAN", cursor, "MATCH", pattern, "COUNT", _SCAN)]
+            cursor, found = _good(reply)
+            names = [name for name in found if ours.fullmatch(name)]
+            if names:
+                (reply,) = yield [("UNLINK", *names)]
+                _good(reply)
+            if cursor == b"0":
+                return
+
+    # -- tags -------------------------------------------------------------------------------------
+
+    def peek_tags(self, tags: Collection[str]) -> Mapping[str, str]:
+        """The current tokens of these tag ids; those that have none are left out."""
+        return self._do(self._peeking_tags(tags))
+
+    def tag_tokens(self, tags: Sequence[str]) -> tuple[str, ...]:
+        """The current token of each tag id, made where there is none."""
+        return self._do(self._taking(tags))
+
+    def drop_tags(self, tags: Sequence[str]) -> None:
+        """Forget the tokens of these tag ids; returns when every process does without them."""
+        wait = self._do(self._dropping(tags))
+        self._tally.add(invalidations=len(tags))
+        if wait:
+            time.sleep(wait)
+
+    async def apeek_tags(self, tags: Collection[str]) -> Mapping[str, str]:
+        """Like ``peek_tags``, without blocking the event loop."""
+        return await self._ado(self._peeking_tags(tags))
+
+    async def atag_tokens(self, tags: Sequence[str]) -> tuple[str, ...]:
+        """Like ``tag_tokens``, without blocking the event loop."""
+        return await self._ado(self._taking(tags))
+
+    async def adrop_tags(self, tags: Sequence[str]) -> None:
+        """Like ``drop_tags``, without blocking the event loop."""
+        wait = await self._ado(self._dropping(tags))
+        self._tally.add(invalidations=len(tags))
+        await asyncio.sleep(wait)
+
+    def known_tags(self, tags: Collection[str]) -> Mapping[str, str] | None:
+        """The current tokens of these tag ids, if they are known without asking the server."""
+        listener = self._listener
+        if listener is None:
+            listener = self._listening()
+            if listener is None:
+                return None
+        return listener.view.get(tags)
+
+    def _peeking_tags(self, tags: Collection[str]) -> Steps[dict[str, str]]:
+        if self._closed or not tags:
+            return {}
+        since, names = self._mark(), [self._name("t", tag) for tag in tags]
+        current = _tokens(tags, (yield from self._get(names)))
+        self._learn(since, current)
+        return current
+
+    def _taking(self, tags: Sequence[str]) -> Steps[tuple[str, ...]]:
+        if self._closed or not tags:
+            return tuple([new_token() for _ in tags])
+        since, unique = self._mark(), list(dict.fromkeys(tags))
+        current: dict[str, str] = {}
+        for at in range(0, len(unique), _SCAN):
+            some = unique[at : at + _SCAN]
+            names = [self._name("t", tag) for tag in some]
+            gets = self._gets(names)
+            replies = yield [*gets, *[("PTTL", name) for name in names]]
+            current.update(_tokens(some, _values(replies[: len(gets)])))
+            left = dict(zip(some, replies[len(gets) :], strict=True))
+            commands: list[Command] = []
+            for tag, name in zip(some, names, strict=True):
+                if tag not in current:
+                    commands.append(("SET", name, new_token(), "NX", "EX", _TOKEN_SECONDS))
+                    commands.append(("GET", name))
+                elif 0 <= _good(left[tag]) < _TOKEN_SECONDS * 500:
+                    commands.append(("EXPIRE", name, _TOKEN_SECONDS))
+            if commands:
+                made = [tag for tag in some if tag not in current]
+                replies = [_good(reply) for reply in (yield commands)]
+                got = [r for c, r in zip(commands, replies, strict=True) if c[0] == "GET"]
+                current.update(_tokens(made, got))
+        self._learn(since, current)
+        # one that was dropped meanwhile: a token that matches nothing
+        return tuple([current.get(tag) or new_token() for tag in tags])
+
+    def _dropping(self, tags: Sequence[str]) -> Steps[float]:
+        """Returns for how many seconds somebody may not have noticed."""
+        if self._closed or not tags:
+            return 0.0
+        names = [self._name("t", tag) for tag in tags]
+        try:
+            if self._source.cluster is not None:
+                replies = yield [("UNLINK", name) for name in names]
+            else:
+                replies = yield [("UNLINK", *names)]
+            for reply in replies:
+                _good(reply)
+        finally:
+            # whatever came of it: it may have been carried out
+            if self._listener is not None:
+                self._listener.view.forget(tags)
+        return (yield from self._others_know())
+
+    def _others_know(self) -> Steps[float]:
+        """Seconds until nobody else relies on tokens that are gone."""
+        if self._source.cluster is not None:
+            return 0.0
+        own = self._listener.own if self._listener is not None else b"-"
+        (reply,) = yield [("PUBSUB", "NUMSUB", self._presence, own)]
+        # names and numbers in turn, or in RESP3 maybe a mapping
+        pairs = reply.values() if isinstance(reply, dict) else _good(reply)[1::2]
+        views, mine = pairs
+        return VIEW_SECONDS if views > mine else 0.0
+
+    # -- leases -----------------------------------------------------------------------------------
+
+    def acquire(self, key: FullKey) -> Lease | None:
+        """Take the lease of ``key``; ``None`` while somebody else holds it."""
+        return self._do(self._acquiring(key))
+
+    def renew(self, lease: Lease) -> Lease | None:
+        """Extend a lease by ``lease_seconds``; ``None`` when it was lost."""
+        return self._do(self._renewing(lease))
+
+    def release(self, lease: Lease) -> None:
+        """Give a lease back; one that was lost meanwhile is left to its new holder."""
+        self._do(self._releasing(lease))
+
+    def pause(self, key: FullKey, seconds: float) -> None:
+        """Return when the lease of ``key`` is free, or after ``seconds``."""
+        listener = self._listening()
+        if listener is None:
+            time.sleep(min(seconds, _POLL))
+            return
+        channel = self._name("w", key_digest(key).hex()).encode()
+        with listener.watching(channel, asynchronous=False) as watcher:
+            if watcher.ready.wait(min(seconds, _POLL)):
+                left = self._do(self._lease_left(key))
+                watcher.told.wait(min(seconds, left))
+
+    async def apause(self, key: FullKey, seconds: float) -> None:
+        """Like ``pause``, without blocking the event loop."""
+        listener = self._listening()
+        if listener is None:
+            await asyncio.sleep(min(seconds, _POLL))
+            return
+        channel = self._name("w", key_digest(key).hex()).encode()
+        with listener.watching(channel, asynchronous=True) as watcher:
+            if await _heard(watcher.ready, min(seconds, _POLL)):
+                left = await self._ado(self._lease_left(key))
+                await _heard(watcher.told, min(seconds, left))
+
+    async def aacquire(self, key: FullKey) -> Lease | None:
+        """Like ``acquire``, without blocking the event loop."""
+        return await self._ado(self._acquiring(key))
+
+    async def arenew(self, lease: Lease) -> Lease | None:
+        """Like ``renew``, without blocking the event loop."""
+        return await self._ado(self._renewing(lease))
+
+    async def arelease(self, lease: Lease) -> None:
+        """Like ``release``, without blocking the event loop."""
+        await self._ado(self._releasing(lease))
+
+    def _acquiring(self, key: FullKey) -> Steps[Lease | None]:
+        lease = Lease(key, new_token(), self.clock() + self.lease_seconds)
+        if self._closed:
+            return lease  # nobody to share the result with: compute
+        (reply,) = yield [(_ACQUIRE, 1, self._lease_name(key), lease.token, self._lease_ms)]
+        if _good(reply) == -1:
+            raise ValueError(f"{self._lease_name(key)!r} in Redis is not a lease of this library")
+        return lease if reply == 1 else None
+
+    def _renewing(self, lease: Lease) -> Steps[Lease | None]:
+        if self._closed:
+            return None
+        expires = self.clock() + self.lease_seconds
+        (reply,) = yield [(_RENEW, 1, self._lease_name(lease.key), lease.token, self._lease_ms)]
+        return lease._replace(expires=expires) if _good(reply) == 1 else None
+
+    def _releasing(self, lease: Lease) -> Steps[None]:
+        if self._closed:
+            return
+        channel = self._name("w", key_digest(lease.key).hex())
+        (reply,) = yield [(_RELEASE, 1, self._lease_name(lease.key), lease.token, channel)]
+        _good(reply)
+
+    def _lease_left(self, key: FullKey) -> Steps[float]:
+        """For how many seconds the lease of ``key`` is still held."""
+        if self._closed:
+            return 0.0
+        (reply,) = yield [("PTTL", self._lease_name(key))]
+        left: int = _good(reply)
+        return max(0.0, (left + 1) / 1000)
+
+    def _lease_name(self, key: FullKey) -> str:
+        return self._name("l", key_digest(key).hex())
+
+    @property
+    def _lease_ms(self) -> int:
+        return math.ceil(self.lease_seconds * 1000)
+
+    # -- commands ---------------------------------------------------------------------------------
+
+    def _name(self, kind: str, rest: str) -> str:
+        return f"{self._root}{kind}:{{{rest}}}"
+
+    def _gets(self, names: Sequence[str]) -> list[Command]:
+        if self._source.cluster is not None:
+            return [("GET", name) for name in names]
+        return [("MGET", *names[at : at + _AT_ONCE]) for at in range(0, len(names), _AT_ONCE)]
+
+    def _get(self, names: Sequence[str]) -> Steps[list[Any]]:
+        return _values((yield self._gets(names)))
+
+    def _do(self, steps: Steps[T]) -> T:
+        try:
+            commands = next(steps)
+            while True:
+                commands = steps.send(self._line.execute(commands) if commands else [])
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        finally:
+            steps.close()
+
+    async def _ado(self, steps: Steps[T]) -> T:
+        if self._source.aconnect is None:
+            return await self._offload(self._do, steps)
+        try:
+            commands = next(steps)
+            while True:
+                if commands:
+                    commands = steps.send(await self._async_line().execute(commands))
+                else:
+                    await asyncio.sleep(0)
+                    commands = steps.send([])
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        finally:
+            steps.close()
+
+    def _async_line(self) -> AsyncLine:
+        loop = asyncio.get_running_loop()
+        line = self._lines.get(loop)
+        if line is None:
+            assert self._source.aconnect is not None
+            with self._counting:
+                for old in [old for old in self._lines if old.is_closed()]:
+                    del self._lines[old]
+                line = self._lines[loop] = AsyncLine(self._source.aconnect)
+        return line
+
+    # -- what the server says unasked -------------------------------------------------------------
+
+    def _listening(self) -> Listener | None:
+        if self._source.connect is None or self._closed:
+            return None
+        with self._counting:
+            if self._listener is None:
+                before, after = self._name("t", "").encode()[:-1], b"}"
+                self._listener = Listener(
+                    self._source.connect, (before, after), self._presence, self.timeout
+                )
+                weakref.finalize(self, self._listener.close)
+            return self._listener
+
+    def _mark(self) -> int:
+        return self._listener.view.mark() if self._listener is not None else -1
+
+    def _learn(self, since: int, tokens: Mapping[str, str]) -> None:
+        if self._listener is not None and since >= 0:
+            self._listener.view.learn(since, tokens)
+
+    # -- the rest ---------------------------------------------------------------------------------
+
+    def stats(self) -> CacheStats:
+        """A snapshot of counters; how much the server holds would be a walk over all its keys."""
+        return self._tally.stats()
+
+    async def astats(self) -> CacheStats:
+        """Like ``stats``."""
+        return self.stats()
+
+    def close(self) -> None:
+        """Close the connections; a closed cache answers every lookup with a miss."""
+        super().close()
+        if self._listener is not None:
+            self._listener.close()
+        self._finalizer()
+        for loop, line in list(self._lines.items()):
+            if loop.is_running():
+                loop.call_soon_threadsafe(_spawn, loop, line)
+            elif not loop.is_closed() and not _in_a_loop():
+                loop.run_until_complete(line.aclose())
+        self._lines = weakref.WeakKeyDictionary()
+
+    async def aclose(self) -> None:
+        """Like ``close``, without blocking the event loop."""
+        line = self._lines.pop(asyncio.get_running_loop(), None)
+        if line is not None:
+            await line.aclose()
+        await super().aclose()
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        # the connections are the parent's
+        if self._listener is not None:
+            self._listener.abandon()
+        self._finalizer.detach()
+        self._counting = threading.Lock()
+        self._connect()
+
+
+async def _heard(event: asyncio.Event, seconds: float) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except asyncio.TimeoutError:
+        return False
+    return True
+
+
+def _in_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _spawn(loop: asyncio.AbstractEventLoop, line: AsyncLine) -> None:
+    task = loop.create_task(line.aclose())
+    _closing.add(task)
+    task.add_done_callback(_closing.discard)
+
+
+_closing: set[asyncio.Task[None]] = set()
+
+
+def _good(reply: Any) -> Any:
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
+
+
+def _values(replies: Iterable[Any]) -> list[Any]:
+    """What ``GET`` and ``MGET`` found; what is no string is nothing of ours."""
+    values: list[Any] = []
+    for reply in replies:
+        if isinstance(reply, list):
+            values += reply
+        elif isinstance(reply, Exception) and str(reply).startswith("WRONGTYPE"):
+            values.append(None)
+        else:
+            values.append(_good(reply))
+    return values
+
+
+def _tokens(tags: Iterable[str], values: Iterable[Any]) -> dict[str, str]:
+    return {
+        tag: value.decode("latin-1")
+        for tag, value in zip(tags, values, strict=True)
+        if value is not None
+    }
+
+
+def _unusable(exc: Exception) -> str:
+    return (
+        f"url_or_client: the server cannot be used: {type(exc).__name__}: {exc}; accepted: a Redis "
+        "(6.2 or later) or Valkey server that can be reached, with its user and password"
+    )

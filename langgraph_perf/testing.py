@@ -1,0 +1,604 @@
+"""What every cache of this library must do, whatever it keeps its entries in: for your own backend.
+
+Subclass the class (or classes) that describe your cache, give them a ``make``, and run them with
+pytest. Every test runs through the blocking methods and through their awaitable twins::
+
+    import pytest
+
+    pytest.register_assert_rewrite("langgraph_perf.testing")  # in conftest.py: readable failures
+    from langgraph_perf.testing import SharedConformance, TagConformance
+
+
+    class TestMyCache(TagConformance, SharedConformance):
+        def make(self, directory, clock):
+            return MyCache(directory, clock=clock)
+
+``CacheConformance`` is what all of them do (entries, time, namespaces, LangGraph's ``BaseCache``).
+``TagConformance``, ``LeaseConformance`` and ``BoundedConformance`` are for caches with tags, leases
+and bounds, ``SharedConformance`` for those that several processes use, ``DamageConformance`` for
+those whose stored bytes somebody else can reach.
+
+Needs pytest, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from langgraph_perf.caches.base import Cache, Entry, Lease, Lookup, namespace_tag, tag_id
+
+__all__ = [
+    "BoundedConformance",
+    "CacheConformance",
+    "Clock",
+    "DamageConformance",
+    "LeaseConformance",
+    "SharedConformance",
+    "Subject",
+    "TagConformance",
+]
+
+KEY = (("graph", "node"), "key")
+NAMESPACES = [(), ("",), ("a",), ("a", "b"), ("a,b",), ("a.b",), ("a:b",), ("ab",), ("a", "b", "")]
+NAMES = ["", "k", "k,", "é\ud800", "x" * 300]
+
+
+class Clock:
+    """A clock that stands still until told to move."""
+
+    def __init__(self, now: float = 1_700_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Let ``seconds`` pass."""
+        self.now += seconds
+
+
+def entry(payload: bytes = b"value", **fields: Any) -> Entry:
+    """An entry made at the time a fresh ``Clock`` shows."""
+    return Entry(payload, **{"created": 1_700_000_000.0, **fields})
+
+
+class Subject:
+    """A cache whose operations a test calls the same way, whether they block or await."""
+
+    def __init__(self, cache: Cache, loop: asyncio.AbstractEventLoop | None) -> None:
+        self.cache = cache
+        self._loop = loop
+
+    def __getattr__(self, name: str) -> Any:
+        loop = self._loop
+        if loop is None:
+            return getattr(self.cache, name)
+        method = getattr(self.cache, f"a{name}")
+        return lambda *args: loop.run_until_complete(method(*args))
+
+    def one(self, key: Any = KEY, tags: tuple[str, ...] = (), max_age: Any = None) -> Any:
+        """What a single lookup finds."""
+        (found,) = self.read([Lookup(key, tags, max_age)])
+        return found
+
+
+class CacheConformance:
+    """Entries, time, namespaces, LangGraph's ``BaseCache`` and the end of a cache's life.
+
+    Attributes:
+        tolerance: seconds by which the cache's own time may differ from its clock's.
+        forever: seconds for which an entry without expiry must at least be served.
+    """
+
+    tolerance = 0.01
+    forever = 1e9
+
+    def make(self, directory: Path, clock: Clock) -> Cache:
+        """A cache that reads ``clock``; empty, when it is the first one for this ``directory``,
+        in which it may keep files."""
+        raise NotImplementedError
+
+    def make_clock(self, directory: Path) -> Clock:
+        """The clock for ``make``; a backend with a clock of its own overrides ``Clock.advance``."""
+        return Clock()
+
+    @pytest.fixture(params=["sync", "async"])
+    def mode(self, request: Any) -> Any:
+        """How the cache is called."""
+        return request.param
+
+    @pytest.fixture
+    def clock(self, tmp_path: Path) -> Clock:
+        return self.make_clock(tmp_path)
+
+    @pytest.fixture
+    def loop(self, mode: str) -> Iterator[asyncio.AbstractEventLoop | None]:
+        if mode == "sync":
+            yield None
+            return
+        loop = asyncio.new_event_loop()
+        yield loop
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+    @pytest.fixture
+    def cache(self, loop: Any, tmp_path: Path, clock: Clock) -> Iterator[Subject]:
+        with self.make(tmp_path, clock) as cache:
+            yield Subject(cache, loop)
+
+    # -- entries ----------------------------------------------------------------------------------
+
+    def test_reads_back_exactly_what_was_written(self, cache: Subject) -> None:
+        """An entry comes back bit for bit, with its metadata."""
+        for payload in (b"", b"\0", os.urandom(100), os.urandom(1_500_000)):
+            stored = entry(payload, expires=1_700_000_000.125, seconds=0.1, tokens=2**40)
+            assert cache.write(KEY, stored) is True
+            assert cache.one() == stored
+
+    def test_answers_in_the_order_asked(self, cache: Subject) -> None:
+        """Many lookups get one answer each, in order, repeated and unknown keys included."""
+        keys = [(("n",), str(i)) for i in range(1200)]
+        for key in keys[::2]:
+            cache.write(key, entry(key[1].encode()))
+        asked = [*keys, keys[0], keys[1], keys[0]]
+        found = cache.read([Lookup(key) for key in asked])
+        assert [e and e.payload for e in found] == [
+            None if int(name) % 2 else name.encode() for _, name in asked
+        ]
+
+    def test_reads_nothing_for_nothing(self, cache: Subject) -> None:
+        """No lookups, no answers."""
+        assert cache.read([]) == []
+
+    def test_overwrites(self, cache: Subject) -> None:
+        """The last value written under a key is the one read, with its own expiry."""
+        cache.write(KEY, entry(b"a" * 5000, expires=1_700_000_001.0))
+        cache.write(KEY, entry(b"b"))
+        assert (cache.one()).payload == b"b"
+        assert (cache.one()).expires is None
+
+    def test_keys_do_not_meet(self, cache: Subject) -> None:
+        """Every namespace and name is a key of its own, whatever characters it is made of."""
+        keys = [(namespace, name) for namespace in NAMESPACES for name in NAMES]
+        for i, key in enumerate(keys):
+            cache.write(key, entry(str(i).encode()))
+        found = cache.read([Lookup(key) for key in keys])
+        assert [e.payload for e in found] == [str(i).encode() for i in range(len(keys))]
+
+    # -- time -------------------------------------------------------------------------------------
+
+    def test_expires(self, cache: Subject, clock: Clock) -> None:
+        """An entry is served until its expiry, and not at it."""
+        cache.write(KEY, entry(expires=clock() + 10))
+        clock.advance(10 - self.tolerance)
+        assert cache.one() is not None
+        clock.advance(self.tolerance)
+        assert cache.one() is None
+
+    def test_never_expires_without_expiry(self, cache: Subject, clock: Clock) -> None:
+        """``expires=None`` means for ever, or what is as good."""
+        cache.write(KEY, entry())
+        clock.advance(self.forever)
+        assert cache.one() is not None
+
+    def test_max_age_narrows(self, cache: Subject, clock: Clock) -> None:
+        """A lookup may ask for something younger; others still get the older entry."""
+        cache.write(KEY, entry(expires=clock() + 100))
+        clock.advance(10)
+        assert cache.one(max_age=10) is None
+        assert cache.one(max_age=10.5) is not None
+        assert cache.one() is not None
+        clock.advance(90)
+        assert cache.one(max_age=1000) is None
+
+    # -- clearing ---------------------------------------------------------------------------------
+
+    def test_clear_takes_exact_namespaces(self, cache: Subject) -> None:
+        """Clearing a namespace touches none that merely looks like it."""
+        for namespace in NAMESPACES:
+            cache.write((namespace, "k"), entry())
+        for gone, namespace in enumerate(NAMESPACES, 1):
+            cache.clear([namespace])
+            found = cache.read([Lookup((namespace, "k")) for namespace in NAMESPACES])
+            assert [e is None for e in found] == [i < gone for i in range(len(NAMESPACES))]
+
+    def test_clear_everything(self, cache: Subject) -> None:
+        """``clear()`` empties all namespaces, and the cache works on."""
+        for namespace in NAMESPACES:
+            cache.write((namespace, "k"), entry())
+        cache.clear()
+        found = cache.read([Lookup((namespace, "k")) for namespace in NAMESPACES])
+        assert found == [None] * len(NAMESPACES)
+        cache.write(KEY, entry())
+        assert cache.one() is not None
+
+    def test_clear_nothing(self, cache: Subject) -> None:
+        """``clear([])`` is not ``clear(None)``."""
+        cache.write(KEY, entry())
+        cache.clear([])
+        assert cache.one() is not None
+
+    # -- LangGraph's BaseCache --------------------------------------------------------------------
+
+    def test_base_cache_returns_the_keys_asked(self, cache: Subject) -> None:
+        """``get`` leaves out what it does not have and returns nothing that was not asked."""
+        a, b, c = (("n",), "a"), (("n",), "b"), (("n", "a"), "a")
+        cache.set({a: ({"x": (1, 2)}, None), b: ([1.5, None], 60)})
+        assert cache.get([a, c]) == {a: {"x": (1, 2)}}
+        assert cache.get([b, a, b]) == {a: {"x": (1, 2)}, b: [1.5, None]}
+        assert cache.get([c]) == {}
+        assert cache.get([]) == {}
+
+    def test_base_cache_ttl(self, cache: Subject, clock: Clock) -> None:
+        """``set`` takes seconds to live, and overwriting takes the new ones."""
+        a, b = (("n",), "a"), (("n",), "b")
+        cache.set({a: (1, 5), b: (2, None)})
+        clock.advance(5)
+        assert cache.get([a, b]) == {b: 2}
+        cache.set({a: (3, 5), b: (4, 5)})
+        assert cache.get([a, b]) == {a: 3, b: 4}
+
+    def test_base_cache_returns_copies(self, cache: Subject) -> None:
+        """Changing a value that was returned changes nothing that is stored."""
+        cache.set({KEY: ([1], None)})
+        (cache.get([KEY]))[KEY].append(2)
+        assert cache.get([KEY]) == {KEY: [1]}
+
+    def test_base_cache_leaves_out_what_it_cannot_store(
+        self, cache: Subject, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A value that cannot be encoded is logged; its neighbours are stored."""
+        a, b = (("n",), "a"), (("n",), "b")
+        cache.set({a: (lambda: 0, None), b: (1, None)})
+        assert cache.get([a, b]) == {b: 1}
+        assert "is not stored" in caplog.text
+
+    # -- counting ---------------------------------------------------------------------------------
+
+    def test_counts(self, cache: Subject) -> None:
+        """Hits, misses and writes are counted."""
+        cache.write(KEY, entry())
+        cache.read([Lookup(KEY), Lookup((("n",), "other"))])
+        cache.read([Lookup(KEY)])
+        stats = cache.stats()
+        assert (stats.hits, stats.misses, stats.writes) == (2, 1, 1)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def test_closed(self, cache: Subject) -> None:
+        """A closed cache answers everything with a miss, and may be closed again."""
+        cache.write(KEY, entry())
+        cache.close()
+        assert cache.one() is None
+        assert cache.read([Lookup(KEY)] * 3) == [None] * 3
+        assert cache.write(KEY, entry()) is False
+        assert cache.get([KEY]) == {}
+        cache.set({KEY: (1, None)})
+        cache.clear()
+        cache.clear([KEY[0]])
+        assert (cache.stats()).entries == 0
+        cache.close()
+
+
+class BoundedConformance(CacheConformance):
+    """Caches that know what they hold, and keep within bounds."""
+
+    def test_knows_its_size(self, cache: Subject) -> None:
+        """Entries and bytes follow what is stored."""
+        before = cache.stats()
+        for i in range(10):
+            cache.write((("n",), str(i)), entry(b"x" * 20_000))
+        stats = cache.stats()
+        assert stats.entries == before.entries + 10
+        assert stats.bytes >= before.bytes + 200_000
+        cache.clear()
+        after = cache.stats()
+        assert after.entries == 0
+        assert after.bytes < before.bytes + 50_000
+
+    def test_sweeps_what_is_never_read(self, cache: Subject, clock: Clock) -> None:
+        """Expired entries leave on later writes, without being read."""
+        for i in range(50):
+            cache.write((("n",), str(i)), entry(b"x" * 1000, expires=clock() + 10))
+        cache.write((("n",), "keep"), entry(b"x" * 1000, expires=clock() + 1000))
+        clock.advance(10)
+        for i in range(20):
+            cache.write((("m",), str(i)), entry())
+        stats = cache.stats()
+        assert stats.entries == 21
+
+    def test_stats_do_not_count_the_expired(self, cache: Subject, clock: Clock) -> None:
+        """Asking for the size sweeps first."""
+        for i in range(1200):
+            cache.write((("n",), str(i)), entry(expires=clock() + 10))
+        clock.advance(10)
+        assert (cache.stats()).entries == 0
+
+
+class TagConformance(CacheConformance):
+    """Caches with tag tokens."""
+
+    def tagged(self, cache: Subject, *tags: str) -> tuple[tuple[str, str], ...]:
+        """Dependencies as a caller takes them before it computes."""
+        ids = [tag_id(tag) for tag in tags]
+        return tuple(zip(ids, cache.tag_tokens(ids), strict=True))
+
+    def test_tokens_last(self, cache: Subject) -> None:
+        """A tag keeps its token; different tags have different ones; order is kept."""
+        first = cache.tag_tokens(["a", "b", "a"])
+        assert first[0] == first[2] != first[1]
+        assert cache.tag_tokens(["b", "a"]) == (first[1], first[0])
+        assert cache.tag_tokens([]) == ()
+
+    def test_invalidate(self, cache: Subject) -> None:
+        """What depended on the tag is a miss, what did not is still there."""
+        one, both, none = (("n",), "1"), (("n",), "2"), (("n",), "3")
+        cache.write(one, entry(b"1", deps=self.tagged(cache, "docs")))
+        cache.write(both, entry(b"2", deps=self.tagged(cache, "docs", "user")))
+        cache.write(none, entry(b"3"))
+        found = cache.read([Lookup(one), Lookup(both, (tag_id("user"),)), Lookup(none)])
+        assert [e.payload for e in found] == [b"1", b"2", b"3"]
+        cache.invalidate("user")
+        found = cache.read([Lookup(one), Lookup(both), Lookup(none)])
+        assert [e and e.payload for e in found] == [b"1", None, b"3"]
+        cache.invalidate("docs", "unknown")
+        assert [e and e.payload for e in cache.read([Lookup(one), Lookup(none)])] == [
+            None,
+            b"3",
+        ]
+        assert (cache.stats()).invalidations == 3
+
+    def test_entries_keep_their_dependencies(self, cache: Subject) -> None:
+        """``deps`` come back as they were given."""
+        stored = entry(deps=self.tagged(cache, "a", "b"))
+        cache.write(KEY, stored)
+        assert cache.one() == stored
+        assert cache.one() == stored
+
+    def test_result_older_than_its_invalidation(self, cache: Subject) -> None:
+        """A computation that began before an invalidation and ends after it is not served."""
+        deps = self.tagged(cache, "docs")
+        cache.invalidate("docs")
+        cache.write(KEY, entry(deps=deps))
+        assert cache.one() is None
+        cache.write(KEY, entry(b"new", deps=self.tagged(cache, "docs")))
+        assert (cache.one()).payload == b"new"
+
+    def test_invalidating_an_unknown_tag(self, cache: Subject) -> None:
+        """It is no error; entries stored later are served."""
+        cache.invalidate("docs")
+        cache.invalidate()
+        cache.write(KEY, entry(deps=self.tagged(cache, "docs")))
+        assert cache.one() is not None
+
+    def test_lookup_that_needs_more_tags(self, cache: Subject) -> None:
+        """An entry that does not know a tag it should depend on is a miss."""
+        cache.write(KEY, entry(deps=self.tagged(cache, "docs")))
+        assert cache.one(tags=(tag_id("docs"),)) is not None
+        assert cache.one(tags=(tag_id("docs"), tag_id("user"))) is None
+        cache.write(KEY, entry())
+        assert cache.one(tags=(tag_id("docs"),)) is None
+
+    def test_forged_token(self, cache: Subject) -> None:
+        """A token that never was current serves nothing."""
+        cache.tag_tokens([tag_id("docs")])
+        cache.write(KEY, entry(deps=((tag_id("docs"), "0" * 16),)))
+        assert cache.one() is None
+
+    def test_tokens_are_bounded(self, cache: Subject) -> None:
+        """Thousands of tags at once are answered, and later asked tags keep their tokens."""
+        many = [tag_id(str(i)) for i in range(2000)]
+        assert len(set(cache.tag_tokens(many))) == len(many)
+        (token,) = cache.tag_tokens([tag_id("late")])
+        assert cache.tag_tokens([tag_id("late")]) == (token,)
+
+    def test_clear_drops_the_tokens_of_its_namespaces(self, cache: Subject) -> None:
+        """Copies kept elsewhere depend on them."""
+        tags = [namespace_tag(("a",)), namespace_tag(("a", "b"))]
+        a, b = cache.tag_tokens(tags)
+        cache.clear([("a",)])
+        new_a, same_b = cache.tag_tokens(tags)
+        assert new_a != a
+        assert same_b == b
+        cache.clear()
+        assert set(cache.tag_tokens(tags)).isdisjoint({a, b, new_a})
+
+    def test_closed_tags(self, cache: Subject) -> None:
+        """A closed cache has no tags, and does not fail for it."""
+        cache.close()
+        assert len(cache.tag_tokens(["a", "b"])) == 2
+        cache.invalidate("a")
+
+    def test_tags_must_be_names(self, cache: Subject) -> None:
+        """``invalidate`` names what it was given when it is no tag."""
+        with pytest.raises(TypeError, match="42"):
+            cache.invalidate(42)
+
+
+class LeaseConformance(CacheConformance):
+    """Caches that other processes share."""
+
+    def test_one_holder(self, cache: Subject) -> None:
+        """A key has one holder; other keys are free."""
+        lease = cache.acquire(KEY)
+        assert isinstance(lease, Lease)
+        assert lease.key == KEY
+        assert cache.acquire(KEY) is None
+        assert cache.acquire((("n",), "other")) is not None
+        cache.release(lease)
+        assert cache.acquire(KEY) is not None
+
+    def test_lease_expires(self, cache: Subject, clock: Clock) -> None:
+        """A holder that does not renew is replaced after ``lease_seconds``, and not before."""
+        seconds = cache.cache.lease_seconds
+        first = cache.acquire(KEY)
+        assert first.expires == clock() + seconds
+        clock.advance(seconds - self.tolerance)
+        assert cache.acquire(KEY) is None
+        clock.advance(self.tolerance)
+        assert (cache.acquire(KEY)).token != first.token
+
+    def test_lease_renews(self, cache: Subject, clock: Clock) -> None:
+        """A renewed lease lasts ``lease_seconds`` from now; a lost one cannot be renewed."""
+        seconds = cache.cache.lease_seconds
+        lease = cache.acquire(KEY)
+        clock.advance(seconds - 1)
+        lease = cache.renew(lease)
+        assert lease.expires == clock() + seconds
+        clock.advance(seconds - 1)
+        assert cache.acquire(KEY) is None
+        clock.advance(1)
+        assert cache.renew(lease) is None
+        new = cache.acquire(KEY)
+        assert cache.renew(lease) is None
+        assert cache.renew(new) is not None
+
+    def test_late_release(self, cache: Subject, clock: Clock) -> None:
+        """Giving back a lease that was lost leaves its new holder alone."""
+        old = cache.acquire(KEY)
+        clock.advance(cache.cache.lease_seconds)
+        new = cache.acquire(KEY)
+        cache.release(old)
+        assert cache.acquire(KEY) is None
+        cache.release(new)
+        cache.release(new)
+        assert cache.acquire(KEY) is not None
+
+    def test_fence(self, cache: Subject, clock: Clock) -> None:
+        """A write with a lease that expired, was taken or was given back stores nothing."""
+        old = cache.acquire(KEY)
+        clock.advance(cache.cache.lease_seconds)
+        assert cache.write(KEY, entry(b"expired"), old) is False
+        new = cache.acquire(KEY)
+        assert cache.write(KEY, entry(b"taken"), old) is False
+        assert cache.one() is None
+        assert cache.write(KEY, entry(b"new"), new) is True
+        assert cache.write(KEY, entry(b"again"), new) is False
+        assert (cache.one()).payload == b"new"
+
+    def test_fence_is_per_key(self, cache: Subject) -> None:
+        """The lease of one key does not open another."""
+        lease = cache.acquire((("n",), "other"))
+        assert cache.write(KEY, entry(), lease) is False
+        assert cache.one() is None
+
+    def test_write_gives_the_lease_back(self, cache: Subject) -> None:
+        """A stored result frees its key at once."""
+        lease = cache.acquire(KEY)
+        assert cache.write(KEY, entry(), lease) is True
+        assert cache.acquire(KEY) is not None
+
+    def test_write_without_lease(self, cache: Subject) -> None:
+        """Whoever has no lease may store, and supersedes the holder, whose result is older."""
+        lease = cache.acquire(KEY)
+        assert cache.write(KEY, entry(b"newer")) is True
+        assert cache.write(KEY, entry(b"older"), lease) is False
+        assert (cache.one()).payload == b"newer"
+
+    def test_leases_outlast_clear(self, cache: Subject) -> None:
+        """Clearing entries does not let a second holder in."""
+        cache.acquire(KEY)
+        cache.clear()
+        assert cache.acquire(KEY) is None
+
+    def test_closed_leases(self, cache: Subject) -> None:
+        """A closed cache keeps nobody waiting."""
+        lease = cache.acquire(KEY)
+        cache.close()
+        assert cache.acquire(KEY) is not None
+        assert cache.renew(lease) is None
+        cache.release(lease)
+        assert cache.write(KEY, entry(), lease) is False
+
+
+class SharedConformance(LeaseConformance, TagConformance):
+    """Caches that several processes use: a second one, opened in the same place, sees the same."""
+
+    @pytest.fixture
+    def other(self, cache: Subject, loop: Any, tmp_path: Path, clock: Clock) -> Iterator[Subject]:
+        with self.make(tmp_path, clock) as other:
+            yield Subject(other, loop)
+
+    def test_entries_are_shared(self, cache: Subject, other: Subject) -> None:
+        """What one stores the other serves."""
+        stored = entry(deps=self.tagged(cache, "docs"))
+        cache.write(KEY, stored)
+        assert other.one(tags=(tag_id("docs"),)) == stored
+
+    def test_tokens_are_shared(self, cache: Subject, other: Subject) -> None:
+        """A tag has one token, whoever asks."""
+        assert cache.tag_tokens(["a", "b"]) == other.tag_tokens(["a", "b"])
+
+    def test_invalidations_are_shared(self, cache: Subject, other: Subject) -> None:
+        """Once an invalidation has returned, the next lookup elsewhere is a miss, every time."""
+        for i in range(10):
+            cache.write(KEY, entry(str(i).encode(), deps=self.tagged(cache, "docs")))
+            assert other.one().payload == other.one().payload == str(i).encode()
+            cache.invalidate("docs")
+            assert other.one() is None
+
+    def test_clears_are_shared(self, cache: Subject, other: Subject) -> None:
+        """Once a ``clear`` has returned, the next lookup elsewhere is a miss, every time."""
+        for namespaces in (None, [KEY[0]]) * 3:
+            cache.write(KEY, entry())
+            assert other.one() is not None
+            assert other.one() is not None
+            cache.clear(namespaces)
+            assert other.one() is None
+
+    def test_results_older_than_anothers_invalidation(self, cache: Subject, other: Subject) -> None:
+        """What was begun before an invalidation elsewhere and stored after it is not served."""
+        deps = self.tagged(cache, "docs")
+        other.invalidate("docs")
+        cache.write(KEY, entry(deps=deps))
+        assert cache.one() is None
+        assert other.one() is None
+
+    def test_leases_are_shared(self, cache: Subject, other: Subject) -> None:
+        """What one holds the other waits for, and a late result is refused whoever brings it."""
+        lease = cache.acquire(KEY)
+        assert other.acquire(KEY) is None
+        assert cache.write(KEY, entry(), lease) is True
+        new = other.acquire(KEY)
+        assert new is not None
+        assert cache.write(KEY, entry(b"late"), lease) is False
+        assert other.one().payload == b"value"
+
+    def test_pausing_ends(self, cache: Subject, other: Subject) -> None:
+        """Waiting for a holder ends when the lease is free, and in time when it is not."""
+        lease = cache.acquire(KEY)
+        other.pause(KEY, 0.01)
+        cache.release(lease)
+        other.pause(KEY, 0.01)
+
+
+class DamageConformance(CacheConformance):
+    """Caches whose stored bytes somebody else can reach."""
+
+    def damage(self, directory: Path, how: str) -> None:
+        """Change every stored entry: ``"flip"`` a bit in its middle, ``"truncate"`` it, ``"swap"``
+        it with another one, or put ``"other"`` bytes there."""
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("how", ["flip", "truncate", "swap", "other"])
+    def test_damaged_entries_are_misses(self, cache: Subject, tmp_path: Path, how: str) -> None:
+        """Whatever became of the bytes, they are never served, and counted."""
+        a, b = (("n",), "a"), (("n",), "b")
+        cache.set({a: ("a" * 100, None), b: ("b" * 100, None)})
+        self.damage(tmp_path, how)
+        assert cache.get([a, b]) == {}
+        assert cache.stats().damaged == 2
+
+    def test_damaged_entries_are_replaced(self, cache: Subject, tmp_path: Path) -> None:
+        """What is damaged is stored anew."""
+        cache.set({KEY: ("a" * 100, None)})
+        self.damage(tmp_path, "flip")
+        cache.set({KEY: ("new", None)})
+        assert cache.get([KEY]) == {KEY: "new"}
