@@ -40,6 +40,8 @@ PACK_OPTIONS = (
     | ormsgpack.OPT_PASSTHROUGH_TUPLE
     | ormsgpack.OPT_PASSTHROUGH_UUID
 )
+SNAPSHOT_OPTIONS = PACK_OPTIONS & ~ormsgpack.OPT_SORT_KEYS
+"""Quicker; equal dicts may differ."""
 
 
 class Unkeyable(TypeError):
@@ -243,8 +245,8 @@ def plain(value: Any) -> bytes | None:
     return None if raw is None else b"F%d:%b" % (len(raw), raw)
 
 
-def packed(value: Any) -> bytes | None:
-    """msgpack, with sorted keys, of a JSON-like value; ``None`` for any other.
+def packed(value: Any, options: int = PACK_OPTIONS) -> bytes | None:
+    """msgpack of a JSON-like value, by default with sorted keys; ``None`` for any other.
 
     msgpack itself tells ``1``, ``1.0``, ``True`` and ``"1"`` apart, and the options make ormsgpack
     refuse whatever it would convert. Two things pass silently: it writes ``bytes``, ``bytearray``
@@ -252,7 +254,7 @@ def packed(value: Any) -> bytes | None:
     byte occurs, the value itself is looked at.
     """
     try:
-        raw = ormsgpack.packb(value, None, PACK_OPTIONS)
+        raw = ormsgpack.packb(value, None, options)
     except Exception:  # something that only the general way encodes or refuses
         return None
     suspicious = (

@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from pydantic_core import from_json
 
 from langgraph_perf._canonical import (
+    SNAPSHOT_OPTIONS,
     Encoder,
     IdentityMap,
     Unkeyable,
@@ -31,7 +32,6 @@ from langgraph_perf._canonical import (
     mro_of,
     namespace_of,
     packed,
-    plain,
     text,
     type_name,
 )
@@ -47,6 +47,7 @@ private_of: Callable[[Any], Any] = BaseModel.__dict__["__pydantic_private__"].__
 _CONTAINERS = ("additional_kwargs", "tool_calls", "invalid_tool_calls", "tool_call_chunks")
 _METADATA = frozenset(("response_metadata", "usage_metadata"))
 _CALL = frozenset(("id", "name", "args", "type"))
+_call_fields = itemgetter("id", "name", "type", "args")
 _CALL_IDS = ("id",)
 _BLOCK_IDS = ("call_id", "id", "tool_call_id", "tool_use_id")
 _TOOL_BLOCKS = frozenset(
@@ -101,7 +102,7 @@ class Shadow(NamedTuple):
         raws: these fields' values, packed.
     """
 
-    own: Mapping[str, Any]
+    own: dict[str, Any]
     extra: Any
     blanks: list[Any]
     names: list[str]
@@ -113,6 +114,7 @@ class MessageKind:
 
     Attributes:
         head: what its rows begin with: the class, and the fields that follow.
+        answers: whether it has a tool-call id of its own.
         size: how many fields it has; ``-1`` if its instances hold more than fields.
         values: takes the fields that usually are text from a message's ``__dict__``.
         containers: takes the fields that usually are empty.
@@ -124,6 +126,7 @@ class MessageKind:
         "_least",
         "_names",
         "_state_of",
+        "answers",
         "containers",
         "head",
         "size",
@@ -135,12 +138,15 @@ class MessageKind:
         self._ai = AIMessage in mro_of(kind)  # a model wrote it, and generated its ids
         # the id of a RemoveMessage is what it says
         self._dropped = _METADATA if RemoveMessage in mro_of(kind) else _METADATA | {"id"}
+        self.answers = "tool_call_id" in fields
         containers = [name for name in _CONTAINERS if name in fields]
         values = sorted(set(fields) - self._dropped - {*containers, "tool_call_id"})
         self.values, self.containers = _getter(values), _getter(containers)
         self._names = (*values, *containers)
         self._least = 2 + len(values)
-        more = bool(kind.__private_attributes__) or any(
+        # where assignments are validated, pydantic puts another __dict__ into the message each time
+        more = bool(kind.__private_attributes__ or kind.model_config.get("validate_assignment"))
+        more = more or any(
             isinstance(member, cached_property)
             or (type(member) is MemberDescriptorType and not name.startswith("__"))
             for owner in mro_of(kind)
@@ -237,7 +243,11 @@ class MessageKind:
         generated = self._ai or (type(block_id) is str and _GENERATED(block_id) is not None)
         return _record(encoder, block, dropped=_CALL_IDS if generated else ())
 
-    def shadow(self, own: Mapping[str, Any], extra: Any) -> Shadow | None:
+    def only_calls(self, held: tuple[Any, ...]) -> bool:
+        """Whether of its containers only the tool calls, the second, hold something."""
+        return self._ai and not held[0] and type(held[1]) is list and not any(held[2:])
+
+    def shadow(self, own: dict[str, Any], extra: Any) -> Shadow | None:
         """What shows later whether the fields have changed; ``None`` if nothing would."""
         if self.size < 0 or (extra and {*map(type, extra.values())} != {str}):
             return None
@@ -248,12 +258,18 @@ class MessageKind:
             if name in _CONTAINERS and not value:
                 blanks.append(value)
             elif str not in mro_of(type(value)):  # whose text is what counts
-                raw = packed(value)
-                if raw is None or len(raw) > _MAX_RAW:
+                raw = snapshot(value)
+                if raw is None:
                     return None
                 names.append(name)
                 raws.append(raw)
         return Shadow(own, extra.copy() if extra else extra, blanks, names, raws)
+
+
+def snapshot(value: Any) -> bytes | None:
+    """What shows whether a field's value has changed; ``None`` if nothing would."""
+    raw = packed(value, SNAPSHOT_OPTIONS)
+    return None if raw is None or len(raw) > _MAX_RAW else raw
 
 
 def _getter(names: list[str]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
@@ -281,17 +297,34 @@ def _call_id(encoder: NumberingEncoder, value: Any) -> Any:
 
 
 def _call(encoder: NumberingEncoder, index: int, call: Any) -> Any:
-    """One tool call: in nearly all of them, four fields of known types."""
+    """One tool call: in nearly all of them, four fields of known types. Arguments that are bytes
+    are the general encoding; those that msgpack tells apart by itself are as they are."""
     try:
         if type(call) is dict and call.keys() == _CALL and type(call["id"]) is str:
             name, kind = call["name"], call["type"]
             if type(name) is str and type(kind) is str:
-                args = plain(call["args"]) or encoder.at('["args"]', call["args"])
+                args = call["args"]
+                if packed(args) is None:
+                    args = encoder.at('["args"]', args)
                 return [encoder.number(call["id"]), name, kind, args]
         return _record(encoder, call, _CALL_IDS)
     except Unkeyable as exc:
         exc.within(f"[{index}]")
         raise
+
+
+def call_rows(encoder: NumberingEncoder, calls: list[Any]) -> list[Any] | None:
+    """The rows that ``_call`` makes of tool calls that msgpack tells apart; ``None`` of others."""
+    rows = []
+    for call in calls:
+        try:
+            call_id, name, kind, args = _call_fields(call)
+        except (KeyError, TypeError):
+            return None
+        if len(call) != 4 or not (type(call_id) is type(name) is type(kind) is str):
+            return None
+        rows.append([encoder.number(call_id), name, kind, args])
+    return rows
 
 
 def _each(encoder: NumberingEncoder, values: Any, encode: Callable[[Any], bytes]) -> bytes:

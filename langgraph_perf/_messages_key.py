@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from hashlib import blake2b
-from operator import getitem
+from operator import getitem, is_
 from typing import Any, ClassVar, NamedTuple
 
 import ormsgpack
@@ -19,6 +19,7 @@ from langchain_core.messages import BaseMessage
 
 from langgraph_perf._canonical import (
     PACK_OPTIONS,
+    SNAPSHOT_OPTIONS,
     IdentityMap,
     Plan,
     Unkeyable,
@@ -34,13 +35,13 @@ from langgraph_perf._message_rows import (
     MessageKind,
     NumberingEncoder,
     Shadow,
+    call_rows,
     extra_of,
     kind_of,
     own_of,
+    snapshot,
 )
 from langgraph_perf._value_types import value_plan
-
-_MAX_SEGMENTS = 16
 
 
 class KeyEncoder(NumberingEncoder):
@@ -112,21 +113,41 @@ def _token(encoder: NumberingEncoder, said: _Said) -> bytes:
 class _Segment:
     """Consecutive messages of a conversation, and what shows that they have not changed.
 
+    A message counts as unchanged if it is the same object and its ``__dict__`` and its extra fields
+    hold what they held. So what puts another ``__dict__`` or class into a message behind its back
+    is not seen; pydantic itself does so only where assignments are validated, and such messages
+    are never remembered.
+
     Attributes:
-        kinds: the messages' types.
-        owns, extras, blanks: of all their shadows.
+        messages: the messages; without the conversation's first, with which all this goes away.
+        lives: their ``__dict__``s.
+        owns: copies of the ``__dict__``s of all of them, the first one included.
+        blanks: their empty containers.
+        extras, extras_then: the extra fields of those that have some, and copies of them.
         places, names, raws: of their fields that are not just text, the message's index, the
             field's name and the packed value.
         said: what the conversation says up to the end of this segment.
     """
 
-    __slots__ = ("blanks", "extras", "kinds", "names", "owns", "places", "raws", "said")
+    _LISTS = (
+        "messages",
+        "lives",
+        "owns",
+        "blanks",
+        "extras",
+        "extras_then",
+        "names",
+        "raws",
+    )
+    __slots__ = (*_LISTS, "places", "said")
 
     def __init__(self) -> None:
-        self.kinds: list[type] = []
-        self.owns: list[Any] = []
-        self.extras: list[Any] = []
+        self.messages: list[BaseMessage] = []
+        self.lives: list[dict[str, Any]] = []
+        self.owns: list[dict[str, Any]] = []
         self.blanks: list[Any] = []
+        self.extras: list[dict[str, Any]] = []
+        self.extras_then: list[dict[str, Any]] = []
         self.places: list[int] = []
         self.names: list[str] = []
         self.raws: list[bytes] = []
@@ -134,13 +155,17 @@ class _Segment:
 
     def holds(self, messages: list[BaseMessage]) -> bool:
         """Whether these are the messages, unchanged. There may be thousands: the loops are C's."""
+        owns = self.lives
+        if len(owns) < len(messages):
+            first, *messages = messages
+            owns = [own_of(first), *owns]
+        if not all(map(is_, messages, self.messages)):
+            return False
         try:
-            owns = list(map(own_of, messages))
             return (
                 not any(self.blanks)
-                and list(map(type, messages)) == self.kinds
                 and owns == self.owns
-                and list(map(extra_of, messages)) == self.extras
+                and (not self.extras or self.extras == self.extras_then)
                 and (not self.names or self._pack(owns) == b"".join(self.raws))
             )
         except Exception:  # a foreign object that does not let itself be compared
@@ -148,22 +173,31 @@ class _Segment:
 
     def _pack(self, owns: list[dict[str, Any]]) -> bytes:
         values = [*map(getitem, map(owns.__getitem__, self.places), self.names)]
-        return _without_header(ormsgpack.packb(values, None, PACK_OPTIONS), len(values))
+        return _without_header(ormsgpack.packb(values, None, SNAPSHOT_OPTIONS), len(values))
 
-    def add(self, kind: type, shadow: Shadow) -> None:
-        """Append a message."""
-        self.places += [len(self.kinds)] * len(shadow.names)
-        self.kinds.append(kind)
+    def add_calls(self, raw: bytes) -> None:
+        """Watch the tool calls, here packed, of the message that will be appended next."""
+        self.places.append(len(self.owns))
+        self.names.append("tool_calls")
+        self.raws.append(raw)
+
+    def add(self, shadow: Shadow, extra: Any) -> None:
+        """Append a message; ``extra`` is its own, of which the shadow has a copy."""
+        self.places += [len(self.owns)] * len(shadow.names)
         self.owns.append(shadow.own)
-        self.extras.append(shadow.extra)
         self.blanks += shadow.blanks
+        if shadow.extra:
+            self.extras.append(extra)
+            self.extras_then.append(shadow.extra)
+        else:
+            self.blanks.append(extra)
         self.names += shadow.names
         self.raws += shadow.raws
 
     def extend(self, other: _Segment) -> None:
         """Append what follows."""
-        self.places += [len(self.kinds) + place for place in other.places]
-        for name in ("kinds", "owns", "extras", "blanks", "names", "raws"):
+        self.places += [len(self.owns) + place for place in other.places]
+        for name in self._LISTS:
             getattr(self, name).extend(getattr(other, name))
         self.said = other.said
 
@@ -179,7 +213,7 @@ def _conversation(messages: list[Any], depth: int) -> _Said | None:
     said = _Said(blake2b(digest_size=DIGEST_SIZE), {})
     start = count = 0
     for segment in known:
-        end = start + len(segment.kinds)
+        end = start + len(segment.owns)
         if end > len(messages) or not segment.holds(messages[start:end]):
             break
         start, count, said = end, count + 1, segment.said
@@ -189,19 +223,28 @@ def _conversation(messages: list[Any], depth: int) -> _Said | None:
         return None
     # segments never change, because other threads may be reading them
     new, said = _absorb(messages, start, _Said(said.hash.copy(), said.ids.copy()), depth)
-    if new.kinds:
+    if new.owns:
+        new.messages = messages[start or 1 : start + len(new.owns)]
+        new.lives = [*map(own_of, new.messages)]
         _conversations.put(messages[0], _merged((*known[:count], new)))
     return said
 
 
 def _merged(segments: tuple[_Segment, ...]) -> tuple[_Segment, ...]:
-    """At most so many segments, so that walking them stays quick; the older half becomes one."""
-    if len(segments) <= _MAX_SEGMENTS:
-        return segments
-    first = _Segment()
-    for segment in segments[: _MAX_SEGMENTS // 2]:
-        first.extend(segment)
-    return first, *segments[_MAX_SEGMENTS // 2 :]
+    """Fewer segments, so that walking them stays quick.
+
+    The latest two stay by themselves, since conversations fork at their ends. Of the others, each
+    is more than eight times as long as the next: no more than log8 of the number of messages.
+    """
+    kept = list(segments)
+    end = len(kept) - 2
+    while end >= 2 and len(kept[end - 2].owns) <= 8 * len(kept[end - 1].owns):
+        joined = _Segment()
+        joined.extend(kept[end - 2])
+        joined.extend(kept[end - 1])
+        kept[end - 2 : end] = [joined]
+        end -= 1
+    return tuple(kept)
 
 
 def _alone(message: BaseMessage, depth: int) -> _Said:
@@ -224,66 +267,81 @@ def _absorb(
     """
     encoder = KeyEncoder()
     encoder.depth, encoder.ids = depth, said.ids
-    rows: list[Any] = []
+    new = messages[start:]
+    kinds = {kind: kind_of(kind) for kind in set(map(type, new))}
+    # what shows a change comes before the row is made: so it will show what another thread
+    # changes meanwhile
+    owns = [*map(dict.copy, map(own_of, new))]
     segment, sure = _Segment(), True
-    for index in range(start, len(messages)):
-        message = messages[index]
-        kind = kind_of(type(message))
-        own, extra = own_of(message), extra_of(message)
-        row: list[Any] | None = None
-        # the copy comes first: if another thread changes the message meanwhile, it will show
-        copy = own.copy()
-        if not extra and len(copy) == kind.size:
-            row = _simple(kind, copy, encoder)
-        if row is not None and sure:
-            segment.kinds.append(type(message))
-            segment.owns.append(copy)
-            segment.extras.append(extra)
-            segment.blanks += kind.containers(copy)
-            segment.blanks.append(extra)
-        elif row is None:
-            shadow = kind.shadow(copy, extra) if sure else None
-            if shadow is not None:
-                segment.add(type(message), shadow)
-            elif sure:
-                _hash(said, rows)
-                rows, sure = [], False
-                segment.said = _Said(said.hash.copy(), said.ids.copy())
+    rows: list[Any] = []
+    for index, (message, own, extra) in enumerate(zip(new, owns, map(extra_of, new), strict=True)):
+        kind = kinds[type(message)]
+        row = raw = None
+        if not extra and len(own) == kind.size:
             try:
-                row = kind.full(message, encoder)
-            except Unkeyable as exc:
-                exc.within(f"[{index}]")
-                raise
-        rows.append(row)
+                held = kind.containers(own)
+                if not any(held):
+                    row = _text(kind, own, encoder)
+                elif sure and kind.only_calls(held):
+                    raw = snapshot(held[1])
+                    row = None if raw is None else _calling(kind, own, held[1], encoder)
+            except KeyError:  # made by model_construct
+                pass
+        if row is not None:
+            rows.append(row)
+            if sure:
+                if raw is not None:
+                    segment.add_calls(raw)
+                    held = (held[0], *held[2:])
+                segment.owns.append(own)
+                segment.blanks += held
+                segment.blanks.append(extra)
+            continue
+        shadow = kind.shadow(own, extra) if sure else None
+        if shadow is not None:
+            segment.add(shadow, extra)
+        elif sure:
+            _hash(said, rows)
+            rows, sure = [], False
+            segment.said = _Said(said.hash.copy(), said.ids.copy())
+        try:
+            rows.append(kind.full(message, encoder))
+        except Unkeyable as exc:
+            exc.within(f"[{start + index}]")
+            raise
     _hash(said, rows)
     if sure:
         segment.said = said
     return segment, said
 
 
-def _simple(kind: MessageKind, own: dict[str, Any], encoder: NumberingEncoder) -> list[Any] | None:
+def _text(kind: MessageKind, own: dict[str, Any], encoder: NumberingEncoder) -> list[Any] | None:
     """The row of a message that holds nothing but text, as most do; ``None`` for others."""
-    try:
-        if any(kind.containers(own)):
-            return None
-        values = kind.values(own)
-    except KeyError:  # made by model_construct
-        return None
+    values = kind.values(own)
     for value in values:
         if type(value) is not str and value is not None:
             return None
-    call_id = own.get("tool_call_id")
-    if call_id is None:
+    if not kind.answers:
         return [kind.head, None, *values]
+    call_id = own["tool_call_id"]
     return [kind.head, encoder.number(call_id), *values] if type(call_id) is str else None
+
+
+def _calling(
+    kind: MessageKind, own: dict[str, Any], calls: list[Any], encoder: NumberingEncoder
+) -> list[Any] | None:
+    """The row of a message that holds text and tool calls; ``None`` if there is more to it."""
+    row = _text(kind, own, encoder)
+    cells = None if row is None else call_rows(encoder, calls)
+    return None if row is None or cells is None else [*row, None, cells]
 
 
 def _hash(said: _Said, rows: list[Any]) -> None:
     """Take in rows. Each is self-delimiting, so it does not matter how many come at a time."""
     try:
-        raw = ormsgpack.packb(rows)
+        raw = ormsgpack.packb(rows, None, PACK_OPTIONS)
     except TypeError:  # lone surrogates, which msgpack does not know
-        raw = ormsgpack.packb(_encodable(rows))
+        raw = ormsgpack.packb(_encodable(rows), None, PACK_OPTIONS)
     said.hash.update(_without_header(raw, len(rows)))
 
 
