@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -383,6 +384,29 @@ def test_profiles(documents: KnowledgeBase) -> None:
     documents.set_style("carol", "detailed")
     assert documents.profile("carol").style == "detailed"
     assert documents.profile("alice").topics == ("context-managers", "with")
+
+
+def test_a_private_server_ends_with_its_process() -> None:
+    """Killed without a chance to clean up, a program leaves no server behind."""
+    import psycopg
+
+    code = (
+        "from examples.knowledge_base.databases import private_postgres\n"
+        "with private_postgres() as dsn:\n    print(dsn, flush=True)\n    input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=CHECKOUT, stdin=-1, stdout=-1, text=True
+    ) as process:
+        assert process.stdout is not None
+        dsn = process.stdout.readline()
+        with psycopg.connect(dsn) as connection:
+            process.kill()
+            process.wait()
+            with pytest.raises(psycopg.OperationalError):
+                connection.execute("SELECT pg_sleep(60)")
+    with pytest.raises(psycopg.OperationalError):
+        psycopg.connect(dsn)
+    shutil.rmtree(re.findall("host=(\\S+)", dsn)[0])
 
 
 # -- chat model -----------------------------------------------------------------------------------

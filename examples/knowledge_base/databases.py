@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = "langgraph_perf_example"
 CONNECTIONS = 4
+# Runs a program until standard input ends, which it does when we end, however that happens. SIGINT
+# makes PostgreSQL stop without waiting for its clients to leave.
+UNTIL_EOF = 'exec 3<&0; "$@" & pid=$!; (cat <&3 >&2; kill -INT $pid) & wait $pid'
 
 
 class DatabaseError(RuntimeError):
@@ -113,9 +116,12 @@ def private_postgres(directory: Path | None = None) -> Iterator[str]:
                 raise DatabaseError(f"initdb failed: {' '.join(made.stderr.split())}")
         with (own / "log").open("w+") as log:
             command = [programs / "postgres", "-D", data, "-k", own, "-c", "listen_addresses="]
-            # Ctrl-C is for us; we stop the server when we are done with it
             server = subprocess.Popen(
-                [*command, "-c", "fsync=off"], **options, stderr=log, start_new_session=True
+                ["sh", "-c", UNTIL_EOF, "sh", *command, "-c", "fsync=off"],
+                **options,
+                stdin=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for us; the server stops when we are done
             )
             stack.callback(_stop, server)
             dsn = f"host={own} user=postgres dbname=postgres"
@@ -188,9 +194,10 @@ def _wait_for(server: subprocess.Popen[bytes], dsn: str, log: TextIO) -> None:
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    server.send_signal(signal.SIGINT)  # "fast": without waiting for clients to leave
+    assert server.stdin is not None
+    server.stdin.close()
     try:
         server.wait(10)
     except subprocess.TimeoutExpired:
-        server.kill()
+        os.killpg(server.pid, signal.SIGKILL)
         server.wait()
