@@ -254,6 +254,7 @@ class Listener:
         return max(0.0, min(self._next_ping - now, self._timeout))
 
     def _view_begins(self) -> None:
+        self.view.flush()  # what was learnt before may have changed unreported
         self._keeps_view = True
 
     def _answered(self) -> None:

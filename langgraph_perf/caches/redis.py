@@ -33,7 +33,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph_perf.caches._redis_connect import Source
 from langgraph_perf.caches._redis_lines import AsyncLine, ClusterLine, Command, Line, Script
 from langgraph_perf.caches._redis_listener import Listener
-from langgraph_perf.caches._redis_view import VIEW_SECONDS
+from langgraph_perf.caches._redis_view import VIEW_SECONDS, TagView
 from langgraph_perf.caches.base import (
     CacheStats,
     DamagedEntry,
@@ -158,6 +158,7 @@ class RedisCache(TokenCache):
             weakref.WeakKeyDictionary()
         )
         self._listener: Listener | None = None
+        self._view: TagView | None = None
         self._finalizer = weakref.finalize(self, self._line.close)
 
     @property
@@ -376,12 +377,14 @@ class RedisCache(TokenCache):
 
     def known_tags(self, tags: Collection[str]) -> Mapping[str, str] | None:
         """The current tokens of these tag ids, if they are known without asking the server."""
-        listener = self._listener
-        if listener is None:
+        view = self._view
+        if view is None:
             listener = self._listening()
             if listener is None:
                 return None
-        return listener.view.get(tags)
+            listener.follow_tags()
+            view = self._view = listener.view
+        return view.get(tags)
 
     def _peeking_tags(self, tags: Collection[str]) -> Steps[dict[str, str]]:
         if self._closed or not tags:
@@ -622,6 +625,7 @@ class RedisCache(TokenCache):
     def close(self) -> None:
         """Close the connections; a closed cache answers every lookup with a miss."""
         super().close()
+        self._view = None
         if self._listener is not None:
             self._listener.close()
         self._finalizer()

@@ -2,8 +2,9 @@
 
 The last tier is the authority. It keeps the tag tokens, and a copy in an upper tier is served only
 while the tokens it was stored with are current *there*: an invalidation or a ``clear`` by another
-process counts at once, for one look-up of tokens a hit. So that a ``clear`` counts too, every entry
-that passes through depends on the ``namespace_tag`` of its namespace besides its own tags.
+process counts at once, for one look-up of tokens a hit, which is free where the last tier knows
+them without asking (``known_tags``). So that a ``clear`` counts too, every entry that passes
+through depends on the ``namespace_tag`` of its namespace besides its own tags.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ class TieredCache(Cache):
         self.supports_tags = self._last.cache.supports_tags
         if self._leasing is not None:
             self.lease_seconds = self._leasing.cache.lease_seconds
+            self.notifies = self._leasing.cache.notifies
 
     @property
     def tiers(self) -> tuple[Cache, ...]:
@@ -162,7 +164,9 @@ class TieredCache(Cache):
         tags = {tag for entry in found if entry is not None for tag, _ in entry.deps}
         current: Mapping[str, str] | None = {}
         if tags and self.supports_tags:
-            current = yield from self._try(self._last, "peek_tags", tags)
+            current = self._last.cache.known_tags(tags)
+            if current is None:
+                current = yield from self._try(self._last, "peek_tags", tags)
         now = self.clock()
         return [
             entry if entry is not None and self._serves(entry, lookup, current, now) else None
@@ -249,10 +253,36 @@ class TieredCache(Cache):
         tier.succeeded()
         return result
 
+    # -- without waiting --------------------------------------------------------------------------
+
+    def read_now(self, lookup: Lookup) -> Entry | None:
+        """What the first tier has, if neither it nor the last one, about its tags, has to wait."""
+        first = self._tiers[0]
+        if first.cache.blocking or not self.supports_tags or first is self._last or first.away:
+            return None
+        try:
+            (entry,) = first.cache.peek((lookup,))
+        except Exception as exc:
+            first.failed("peek", exc)
+            return None
+        if entry is None:
+            return None
+        current = self._last.cache.known_tags([tag for tag, _ in entry.deps])
+        if current is None or not self._serves(entry, lookup, current, self.clock()):
+            return None
+        with self._counting:
+            first.hits += 1
+        self._tally.read([entry])
+        return _without_own(entry, lookup.key)
+
     # -- primitives, blocking ---------------------------------------------------------------------
 
     def read(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
         """One answer for each lookup, in order; only servable entries."""
+        if len(lookups) == 1:
+            entry = self.read_now(lookups[0])
+            if entry is not None:
+                return [entry]
         return _carry_out(self._reading(lookups))
 
     def write(self, key: FullKey, entry: Entry, lease: Lease | None = None) -> bool:
@@ -283,6 +313,10 @@ class TieredCache(Cache):
     def release(self, lease: Lease) -> None:
         """Give a lease back; one that was lost meanwhile is left to its new holder."""
         self._lessor.release(lease)
+
+    def pause(self, key: FullKey, seconds: float) -> None:
+        """Wait for the holder of the lease of ``key``, at most for ``seconds``."""
+        self._lessor.pause(key, seconds)
 
     @property
     def _lessor(self) -> Cache:
@@ -358,6 +392,10 @@ class TieredCache(Cache):
     async def arelease(self, lease: Lease) -> None:
         """Like ``release``, without blocking the event loop."""
         await self._lessor.arelease(lease)
+
+    async def apause(self, key: FullKey, seconds: float) -> None:
+        """Like ``pause``, without blocking the event loop."""
+        await self._lessor.apause(key, seconds)
 
     async def aclear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Like ``clear``, without blocking the event loop."""

@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from langgraph.cache.memory import InMemoryCache
 
+from langgraph_perf import DiskCache, MemoryCache, RedisCache, TieredCache
 from langgraph_perf.caches.base import Cache, Entry, Lookup, tag_id
-from langgraph_perf.caches.disk import DiskCache
 from langgraph_perf.caches.foreign import ForeignCache
-from langgraph_perf.caches.memory import MemoryCache
-from langgraph_perf.caches.tiered import TieredCache
-
-from .conftest import Clock
+from langgraph_perf.testing import Clock
+from tests.redis_server import Server, new_prefix
 
 NAMESPACES = [(), ("a",), ("a", "b"), ("a,b",)]
 keys = st.tuples(st.sampled_from(NAMESPACES), st.sampled_from(["", "x", "y"]))
@@ -30,9 +28,11 @@ class Model(RuleBasedStateMachine):
     """Puts, gets, time, invalidations and clears, on a cache and on a dictionary."""
 
     kind: ClassVar[str]
+    server: ClassVar[Server]
 
     def __init__(self) -> None:
         super().__init__()
+        self.prefix = new_prefix()
         self.directory = Path(tempfile.mkdtemp())
         self.clock = Clock()
         self.entries: dict = {}
@@ -50,6 +50,11 @@ class Model(RuleBasedStateMachine):
                 return TieredCache(MemoryCache(clock=clock), DiskCache(disk, clock=clock))
             case "memory, memory":
                 return TieredCache(MemoryCache(clock=clock), MemoryCache(clock=clock))
+            case "redis":
+                return RedisCache(self.server.url, prefix=self.prefix, clock=clock)
+            case "memory, redis":
+                redis = RedisCache(self.server.url, prefix=self.prefix, clock=clock)
+                return TieredCache(MemoryCache(clock=clock), redis)
             case _:
                 return ForeignCache(InMemoryCache(), clock=clock)
 
@@ -96,6 +101,8 @@ class Model(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.5, 1, 5, 20]))
     def wait(self, seconds) -> None:
         self.clock.advance(seconds)
+        if "redis" in self.kind:
+            self.server.age(self.prefix, seconds)
 
     @rule(namespaces=st.none() | st.lists(st.sampled_from(NAMESPACES), max_size=2))
     def clear(self, namespaces) -> None:
@@ -124,8 +131,8 @@ class Model(RuleBasedStateMachine):
 
     @rule()
     def reopen(self) -> None:
-        """The disk's entries outlast their process; others are only asked to go on."""
-        if "disk" in self.kind:
+        """Entries on disk or a server outlast their process; others are only asked to go on."""
+        if "disk" in self.kind or "redis" in self.kind:
             self.cache.close()
             self.cache = self.make()
 
@@ -136,11 +143,14 @@ class Model(RuleBasedStateMachine):
             assert self.cache._entry_bytes == sum(slot.size for slot in queues)
 
 
-@pytest.mark.parametrize("kind", ["memory", "disk", "memory, disk", "memory, memory", "foreign"])
-def test_agrees_with_a_dictionary(kind):
+KINDS = ["memory", "disk", "memory, disk", "memory, memory", "foreign", "redis", "memory, redis"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_agrees_with_a_dictionary(kind, redis_server):
     """Reads return exactly what a dictionary that knows about time and tags would."""
-    on_disk = "disk" in kind
-    machine = type(f"Model of {kind}", (Model,), {"kind": kind}).TestCase
+    on_disk = "disk" in kind or "redis" in kind
+    machine = type(f"Model of {kind}", (Model,), {"kind": kind, "server": redis_server}).TestCase
     machine.settings = settings(
         max_examples=12 if on_disk else 60,
         stateful_step_count=25 if on_disk else 40,
