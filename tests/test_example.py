@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -406,7 +407,12 @@ def test_a_private_server_ends_with_its_process() -> None:
                 connection.execute("SELECT pg_sleep(60)")
     with pytest.raises(psycopg.OperationalError):
         psycopg.connect(dsn)
-    shutil.rmtree(re.findall("host=(\\S+)", dsn)[0])
+    left = Path(re.findall("host=(\\S+)", dsn)[0])
+    deadline = time.monotonic() + 10
+    while (left / "data" / "postmaster.pid").exists():
+        assert time.monotonic() < deadline, "it never ended"
+        time.sleep(0.01)
+    shutil.rmtree(left)
 
 
 # -- chat model -----------------------------------------------------------------------------------
