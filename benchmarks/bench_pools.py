@@ -129,7 +129,8 @@ class _AsyncManager(gcp_asyncio.BaseConnectionManager[str, Dummy]):
 class Pools:
     """The pools of others, made when asked for and closed at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE) -> None:
+        self._size = size
         self._stack = ExitStack()
 
     def __enter__(self) -> Pools:
@@ -141,16 +142,16 @@ class Pools:
     def sqlalchemy(self) -> QueuePool:
         # without the rollback that it does by default when a connection comes back
         pool = QueuePool(
-            lambda: Dummy(), pool_size=SIZE, max_overflow=0, timeout=300, reset_on_return=None
+            lambda: Dummy(), pool_size=self._size, max_overflow=0, timeout=300, reset_on_return=None
         )
         self._stack.callback(pool.dispose)
         return pool
 
-    def psycopg(self, size: int = SIZE) -> Any:
+    def psycopg(self) -> Any:
         pool: Any = psycopg_pool.ConnectionPool(
             "",
             connection_class=Dummy,
-            min_size=size,
+            min_size=self._size,
             open=False,
             timeout=300,  # type: ignore[arg-type, type-var]
         )
@@ -160,7 +161,7 @@ class Pools:
 
     def generic(self) -> Any:
         pool = gcp_threading.ConnectionPool[str, Dummy](
-            _Manager(), max_size=SIZE, total_max_size=SIZE, acquire_timeout=300
+            _Manager(), max_size=self._size, total_max_size=self._size, acquire_timeout=300
         )
         self._stack.callback(pool.close)
         return pool
@@ -182,11 +183,11 @@ class Pools:
             )
         if name == LIFO:
             pool = queue.LifoQueue()
-            for _ in range(SIZE):
+            for _ in range(self._size):
                 pool.put(Dummy())
             return pool.get, pool.put
         assert name == NAIVE
-        lock, idle = threading.Lock(), [Dummy() for _ in range(SIZE)]
+        lock, idle = threading.Lock(), [Dummy() for _ in range(self._size)]
 
         def acquire() -> Dummy:
             while True:
@@ -205,7 +206,8 @@ class Pools:
 class AsyncPools:
     """The same for event loops."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE) -> None:
+        self._size = size
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> AsyncPools:
@@ -214,11 +216,11 @@ class AsyncPools:
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
 
-    async def psycopg(self, size: int = SIZE) -> Any:
+    async def psycopg(self) -> Any:
         pool: Any = psycopg_pool.AsyncConnectionPool(
             "",
             connection_class=AsyncDummy,
-            min_size=size,
+            min_size=self._size,
             open=False,
             timeout=300,  # type: ignore[arg-type, type-var]
         )
@@ -231,7 +233,11 @@ class AsyncPools:
         pool: Any
         if name == SQLALCHEMY_ASYNC:
             pool = AsyncAdaptedQueuePool(
-                lambda: Dummy(), pool_size=SIZE, max_overflow=0, timeout=300, reset_on_return=None
+                lambda: Dummy(),
+                pool_size=self._size,
+                max_overflow=0,
+                timeout=300,
+                reset_on_return=None,
             )
             return (
                 lambda: greenlet_spawn(pool.connect),
@@ -242,7 +248,7 @@ class AsyncPools:
             return pool.getconn, pool.putconn
         if name == GENERIC:
             pool = gcp_asyncio.ConnectionPool[str, Dummy](
-                _AsyncManager(), max_size=SIZE, total_max_size=SIZE, acquire_timeout=300
+                _AsyncManager(), max_size=self._size, total_max_size=self._size, acquire_timeout=300
             )
             self._stack.push_async_callback(pool.close)
             return (
@@ -251,11 +257,11 @@ class AsyncPools:
             )
         if name == LIFO:
             pool = asyncio.LifoQueue()
-            for _ in range(SIZE):
+            for _ in range(self._size):
                 pool.put_nowait(Dummy())
             return pool.get, pool.put
         assert name == NAIVE
-        idle = [Dummy() for _ in range(SIZE)]
+        idle = [Dummy() for _ in range(self._size)]
 
         async def acquire() -> Dummy:
             while not idle:  # noqa: ASYNC110, that is what naive means
@@ -332,6 +338,7 @@ def checkout_async(effort: Effort) -> Iterator[Result]:
             (PSYCOPG, 0.5),
             (GENERIC, None),
             (LIFO, None),
+            (NAIVE, None),
         ):
             pools = AsyncPools()
             acquire, release = loop.run_until_complete(pools.make(name))
@@ -503,7 +510,6 @@ def tasks(effort: Effort) -> Iterator[Result]:
 def mixed(effort: Effort) -> Iterator[Result]:
     """32 threads (40 leases) and 500 tasks (5 leases) on one pool of 10; theirs need two pools."""
     turns, number = effort.scaled(40), effort.scaled(500)
-    contest = Contest()
 
     async def both(sync: Callable[[], Any], lease: Callable[[], Any]) -> tuple[float, Seconds]:
         began = time.perf_counter()
@@ -512,24 +518,22 @@ def mixed(effort: Effort) -> Iterator[Result]:
         )
         return time.perf_counter() - began, waits + more
 
-    async def play() -> None:
+    async def play(contest: Contest, name: str) -> None:
         pool = Pool(Dummy, max_size=SIZE, timeout=300)
         contest.add(0, await both(pool.lease, pool.alease))
         await pool.aclose()
-        with Pools() as pools:
-            async with AsyncPools() as async_pools:
-                half = pools.psycopg(SIZE // 2)
-                other = await async_pools.psycopg(SIZE // 2)
-                outcome = await both(
-                    lambda: _pair(half.getconn, half.putconn),
-                    lambda: _apair(other.getconn, other.putconn),
-                )
-                contest.add(1, outcome)
+        with Pools(SIZE // 2) as pools:
+            async with AsyncPools(SIZE // 2) as async_pools:
+                pair = pools.sync(name)
+                apair = await async_pools.make(SQLALCHEMY_ASYNC if name == SQLALCHEMY else name)
+                contest.add(1, await both(lambda: _pair(*pair), lambda: _apair(*apair)))
 
     with event_loop() as loop:
-        for _ in range(effort.at_most(5)):
-            loop.run_until_complete(play())
-    yield contest.result(f"32 threads and {number} tasks", "psycopg_pool, 5 for each kind")
+        for name in (SQLALCHEMY, PSYCOPG, GENERIC, LIFO, NAIVE):
+            contest = Contest()
+            for _ in range(effort.at_most(5)):
+                loop.run_until_complete(play(contest, name))
+            yield contest.result(f"32 threads and {number} tasks", f"{name}, 5 for each kind")
 
 
 class Item(TypedDict):
@@ -562,8 +566,8 @@ def fanout(effort: Effort) -> Iterator[Result]:
 
     async def play() -> None:
         nonlocal missed
-        async with AsyncPools() as pools:
-            theirs = await pools.psycopg(2)
+        async with AsyncPools(2) as pools:
+            theirs = await pools.psycopg()
 
             async def plain(state: Item) -> dict[str, list[int]]:
                 async with theirs.connection():
@@ -758,9 +762,9 @@ def reaping(effort: Effort) -> Iterator[Result]:
     most = threading.active_count() - before
     left = settled(before)
     assert not any(pool.stats().size for pool in ours)
-    with Pools() as pools:
+    with Pools(1) as pools:
         for _ in range(50):
-            pools.psycopg(1)
+            pools.psycopg()
         theirs = threading.active_count() - before
     yield result(
         "threads of 50 pools",
