@@ -70,10 +70,10 @@ class Breaker:
             self._closed_again_at = None
             self._probe_until = 0.0
 
-    def failed(self) -> None:
-        """An operation failed."""
+    def failed(self, *, slowly: bool = False) -> None:
+        """An operation failed; one that took its deadline is reason enough to open."""
         self._failures += 1
-        if self._failures >= FAILURES_TO_OPEN:
+        if slowly or self._failures >= FAILURES_TO_OPEN:
             self._closed_again_at = self._clock() + self._pause
             self._pause = min(self._pause * 2, LONGEST_PAUSE)
 
@@ -239,7 +239,8 @@ class Backend:
         return allowed
 
     def _failed(self, breaker: Breaker, kind: str, exc: Exception) -> None:
-        breaker.failed()
+        # a run has several operations: it is to lose one deadline, not one for each
+        breaker.failed(slowly=isinstance(exc, (TimeoutError, asyncio.TimeoutError)))
         name = f"{kind}: {type(exc).__name__}"
         self._failures[name] += 1
         if self._failures[name] == 1:

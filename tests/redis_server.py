@@ -45,13 +45,21 @@ class Server:
     def __init__(self, url: str = "", options: tuple[str, ...] = ()) -> None:
         self.port = 0
         self.directory = tempfile.mkdtemp(prefix="redis-")
-        self._options = options
+        self._arguments: tuple[str, ...] = (*_OPTIONS, "--dir", self.directory, *options)
         self._process: subprocess.Popen[bytes] | None = None
         self.url = url
         if not url:
             self.port = free_port()
             self.url = f"redis://127.0.0.1:{self.port}/0"
             self.start()
+
+    @classmethod
+    def sentinel(cls, port: int, config: Path) -> Server:
+        """A Sentinel on ``port``."""
+        server = cls(f"redis://127.0.0.1:{port}/0")
+        server.port, server._arguments = port, (str(config), "--sentinel")
+        server.start()
+        return server
 
     def client(self) -> redis.Redis:
         """A client of it, not the one under test."""
@@ -60,16 +68,7 @@ class Server:
     def start(self) -> None:
         """Start it, empty, and wait until it answers."""
         self._process = subprocess.Popen(
-            [
-                _binary(),
-                *_OPTIONS,
-                "--port",
-                str(self.port),
-                "--dir",
-                self.directory,
-                *self._options,
-            ],
-            stdout=subprocess.DEVNULL,
+            [_binary(), *self._arguments, "--port", str(self.port)], stdout=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 20
         while True:
@@ -175,9 +174,13 @@ class Proxy:
         while True:
             try:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(("127.0.0.1", self._to))
             except OSError:
                 return
+            try:
+                far = socket.create_connection(("127.0.0.1", self._to))
+            except OSError:
+                self._reset(near)
+                continue
             self.connections += 1
             self._open += [near, far]
             threading.Thread(target=self._pump, args=(near, far, False), daemon=True).start()

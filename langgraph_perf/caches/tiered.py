@@ -9,6 +9,7 @@ through depends on the ``namespace_tag`` of its namespace besides its own tags.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -75,6 +76,9 @@ class _Tier:
     def failed(self, operation: str, exc: Exception) -> None:
         self.errors += 1
         self._in_a_row += 1
+        if isinstance(exc, (TimeoutError, asyncio.TimeoutError)):
+            # that cost a deadline: once is enough
+            self._in_a_row = max(self._in_a_row, _FAILURES_TO_PAUSE)
         if self._in_a_row >= _FAILURES_TO_PAUSE:
             self._away_until = time.monotonic() + self._pause
             self._pause = min(self._pause * 2, _LONGEST_PAUSE)
@@ -221,7 +225,7 @@ class TieredCache(Cache):
             entry = entry._replace(deps=(*entry.deps, (own, token)))
         if lease is not None and self._leasing is not None:
             # fenced: what this tier does not take, or cannot judge, no other may have
-            stored = yield _Do(self._leasing.cache, "write", (key, entry, lease))
+            stored = yield from self._must(self._leasing, "write", key, entry, lease)
             if not stored:
                 return False
             others = [tier for tier in self._tiers if tier is not self._leasing]
@@ -250,6 +254,18 @@ class TieredCache(Cache):
         except Exception as exc:
             tier.failed(operation, exc)
             return None
+        tier.succeeded()
+        return result
+
+    def _must(self, tier: _Tier, operation: str, *args: Any) -> Steps[Any]:
+        """Carry out a primitive that no other tier could; fails at once for one left alone."""
+        if tier.away:
+            raise ConnectionError(f"{type(tier.cache).__name__} failed and is left alone a while")
+        try:
+            result = yield _Do(tier.cache, operation, args)
+        except Exception as exc:
+            tier.failed(operation, exc)
+            raise
         tier.succeeded()
         return result
 
@@ -295,7 +311,7 @@ class TieredCache(Cache):
 
     def tag_tokens(self, tags: Sequence[str]) -> tuple[str, ...]:
         """The current token of each tag id, from the last tier."""
-        return self._last.cache.tag_tokens(tags)
+        return _carry_out(self._must(self._last, "tag_tokens", tags))
 
     def drop_tags(self, tags: Sequence[str]) -> None:
         """Forget the tokens of these tag ids."""
@@ -304,23 +320,23 @@ class TieredCache(Cache):
 
     def acquire(self, key: FullKey) -> Lease | None:
         """Take the lease of ``key``; ``None`` while somebody else holds it."""
-        return self._lessor.acquire(key)
+        return _carry_out(self._must(self._lessor, "acquire", key))
 
     def renew(self, lease: Lease) -> Lease | None:
         """Extend a lease by ``lease_seconds``; ``None`` when it was lost."""
-        return self._lessor.renew(lease)
+        return self._lessor.cache.renew(lease)
 
     def release(self, lease: Lease) -> None:
         """Give a lease back; one that was lost meanwhile is left to its new holder."""
-        self._lessor.release(lease)
+        self._lessor.cache.release(lease)
 
     def pause(self, key: FullKey, seconds: float) -> None:
         """Wait for the holder of the lease of ``key``, at most for ``seconds``."""
-        self._lessor.pause(key, seconds)
+        self._lessor.cache.pause(key, seconds)
 
     @property
-    def _lessor(self) -> Cache:
-        return (self._leasing or self._last).cache
+    def _lessor(self) -> _Tier:
+        return self._leasing or self._last
 
     def clear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Delete what is in exactly these namespaces, in every tier; ``None`` deletes everything.
@@ -374,7 +390,7 @@ class TieredCache(Cache):
 
     async def atag_tokens(self, tags: Sequence[str]) -> tuple[str, ...]:
         """Like ``tag_tokens``, without blocking the event loop."""
-        return await self._last.cache.atag_tokens(tags)
+        return await _acarry_out(self._must(self._last, "tag_tokens", tags))
 
     async def adrop_tags(self, tags: Sequence[str]) -> None:
         """Like ``drop_tags``, without blocking the event loop."""
@@ -383,19 +399,19 @@ class TieredCache(Cache):
 
     async def aacquire(self, key: FullKey) -> Lease | None:
         """Like ``acquire``, without blocking the event loop."""
-        return await self._lessor.aacquire(key)
+        return await _acarry_out(self._must(self._lessor, "acquire", key))
 
     async def arenew(self, lease: Lease) -> Lease | None:
         """Like ``renew``, without blocking the event loop."""
-        return await self._lessor.arenew(lease)
+        return await self._lessor.cache.arenew(lease)
 
     async def arelease(self, lease: Lease) -> None:
         """Like ``release``, without blocking the event loop."""
-        await self._lessor.arelease(lease)
+        await self._lessor.cache.arelease(lease)
 
     async def apause(self, key: FullKey, seconds: float) -> None:
         """Like ``pause``, without blocking the event loop."""
-        await self._lessor.apause(key, seconds)
+        await self._lessor.cache.apause(key, seconds)
 
     async def aclear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Like ``clear``, without blocking the event loop."""

@@ -1,0 +1,645 @@
+"""RedisCache on its own: what it takes, what it sends, whose keys it touches."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import redis
+import redis.asyncio
+from redis.sentinel import Sentinel
+
+from langgraph_perf import ConfigurationError, MemoryCache, RedisCache, TieredCache
+from langgraph_perf.caches._redis_listener import Buffer, Report
+from langgraph_perf.caches.base import Entry, Lookup, tag_id
+from langgraph_perf.testing import KEY, entry
+from tests.redis_server import Proxy, Server, free_port, new_prefix
+
+DOCS = tag_id("docs")
+
+
+@pytest.fixture
+def prefix() -> str:
+    return new_prefix()
+
+
+@pytest.fixture
+def cache(redis_server: Server, prefix: str) -> Any:
+    with RedisCache(redis_server.url, prefix=prefix) as cache:
+        yield cache
+
+
+def keys(n: int) -> list[Any]:
+    return [(("n",), str(i)) for i in range(n)]
+
+
+# -- what it takes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "URL ''"),
+        ("localhost:6379", "URL 'localhost:6379'"),
+        ("http://localhost", "URL 'http://localhost'"),
+        ("redis://localhost:port/0", "URL 'redis://localhost:port/0'"),
+        ("redis://localhost:99999999/0", "URL"),
+        (None, "got None"),
+        (42, "got 42"),
+        (MemoryCache(), "got <langgraph_perf"),
+    ],
+)
+def test_what_is_no_server_is_refused(given: Any, message: str) -> None:
+    """The error names what was given and what is accepted, and nothing is connected to."""
+    with pytest.raises(ConfigurationError, match="url_or_client") as caught:
+        RedisCache(given)
+    assert message in str(caught.value)
+    assert "accepted" in str(caught.value)
+
+
+def test_errors_never_show_a_password() -> None:
+    """A malformed URL is shown without its secret."""
+    with pytest.raises(ConfigurationError) as caught:
+        RedisCache("redis://user:s3cret@host:port/0?password=s3cret")
+    assert "s3cret" not in str(caught.value)
+    assert "user" in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "a b", "a{b}", "a*", "é", "x" * 101, None, 7, b"lgp"])
+def test_prefixes(prefix: Any) -> None:
+    """A prefix that could match other keys, or split a key's slot, is refused."""
+    with pytest.raises(ConfigurationError, match="prefix"):
+        RedisCache("redis://localhost", prefix=prefix)
+
+
+@pytest.mark.parametrize("field", ["timeout", "connect_timeout", "lease_seconds"])
+@pytest.mark.parametrize("value", [0, -1, None, "1", True, float("nan")])
+def test_times(field: str, value: Any) -> None:
+    """Times are positive numbers of seconds."""
+    with pytest.raises(ConfigurationError, match=field):
+        RedisCache("redis://localhost", **{field: value})
+
+
+def test_nothing_connects_before_it_is_used() -> None:
+    """A server that is away does not keep a program from starting."""
+    with RedisCache(f"redis://127.0.0.1:{free_port()}") as cache:
+        assert cache.round_trips == 0
+
+
+async def test_ping_tells_what_is_wrong(own_server: Server) -> None:
+    """Wrong port, wrong password, and something that is no Redis are told apart."""
+    with own_server.client() as client:
+        client.config_set("requirepass", "secret")
+    port = own_server.port
+    with RedisCache(f"redis://:secret@127.0.0.1:{port}", prefix="p") as cache:
+        cache.ping()
+        await cache.aping()
+    for url, message in [
+        (f"redis://127.0.0.1:{free_port()}", ": ConnectionError"),
+        (f"redis://:wrong@127.0.0.1:{port}", "AuthenticationError"),
+        (f"redis://127.0.0.1:{port}", "AuthenticationError"),
+    ]:
+        with RedisCache(url, prefix="p") as cache:
+            with pytest.raises(ConfigurationError, match=message):
+                cache.ping()
+            with pytest.raises(ConfigurationError, match=message):
+                await cache.aping()
+
+
+async def check_both_ways(given: Any, prefix: str) -> None:
+    """A cache made from ``given`` serves blocking and awaiting callers."""
+    cache = RedisCache(given, prefix=prefix)
+    await cache.awrite(KEY, entry(b"1"))
+    assert await asyncio.to_thread(cache.read, [Lookup(KEY)]) == [entry(b"1")]
+    await asyncio.to_thread(cache.write, KEY, entry(b"2"))
+    assert await cache.aread([Lookup(KEY)]) == [entry(b"2")]
+    await cache.aclose()
+
+
+@pytest.mark.parametrize("options", ["", "?decode_responses=True", "?protocol=3", "?protocol=2"])
+async def test_urls(redis_server: Server, prefix: str, options: str) -> None:
+    """Whatever protocol and decoding a URL asks for."""
+    await check_both_ways(redis_server.url + options, prefix)
+
+
+@pytest.mark.parametrize("module", [redis, redis.asyncio])
+@pytest.mark.parametrize("decode", [False, True])
+async def test_clients(redis_server: Server, prefix: str, module: Any, decode: bool) -> None:
+    """Clients of either kind serve both kinds of graphs, decoding or not, and stay open."""
+    client = module.Redis.from_url(redis_server.url, decode_responses=decode)
+    await check_both_ways(client, prefix)
+    pong = client.ping()
+    assert (await pong if module is redis.asyncio else pong) is True
+    closed = client.aclose() if module is redis.asyncio else client.close()
+    if module is redis.asyncio:
+        await closed
+
+
+async def test_unix_sockets(prefix: str) -> None:
+    """A server without a port."""
+    with Server() as server:
+        pass
+    path = f"{server.directory}.sock"
+    with Server(options=("--unixsocket", path)):
+        await check_both_ways(f"unix://{path}", prefix)
+        await check_both_ways(redis.Redis(unix_socket_path=path), prefix)
+
+
+async def test_sentinel(own_server: Server, prefix: str, tmp_path: Any) -> None:
+    """The master is found through Sentinel."""
+    port = free_port()
+    config = tmp_path / "sentinel.conf"
+    config.write_text(f"port {port}\nsentinel monitor main 127.0.0.1 {own_server.port} 1\n")
+    with Server.sentinel(port, config):
+        client = Sentinel([("127.0.0.1", port)], socket_timeout=5).master_for("main")
+        await check_both_ways(client, prefix)
+        aclient = redis.asyncio.Sentinel([("127.0.0.1", port)]).master_for("main")
+        with pytest.raises(ConfigurationError, match="Sentinel"):
+            RedisCache(aclient)
+
+
+def test_without_the_extra() -> None:
+    """Who has no redis package learns what to install, when it is asked for and not before."""
+    code = (
+        "import sys; sys.modules['redis'] = None\n"
+        "import langgraph_perf\n"
+        "try: langgraph_perf.RedisCache\n"
+        "except ImportError as exc: print(exc)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'langgraph-perf[redis]'" in done.stdout
+
+
+# -- what it sends --------------------------------------------------------------------------------
+
+
+def test_entry_and_tokens_in_one_round_trip(cache: RedisCache) -> None:
+    """A lookup that names its tags costs one trip; unforeseen tags cost another."""
+    tags = [tag_id("a"), tag_id("b")]
+    deps = tuple(zip(tags, cache.tag_tokens(tags), strict=True))
+    cache.write(KEY, entry(deps=deps))
+    before = cache.round_trips
+    assert cache.read([Lookup(KEY, tuple(tags))] * 3)[0] is not None
+    assert cache.round_trips == before + 1
+    assert cache.read([Lookup(KEY, tuple(tags[:1]))])[0] is not None
+    assert cache.round_trips == before + 3
+
+
+async def test_what_comes_meanwhile_goes_out_together(cache: RedisCache) -> None:
+    """Tasks and threads that ask at once share a few round trips."""
+    some = keys(256)
+    for key in some:
+        cache.write(key, entry(key[1].encode()))
+    await cache.aread([Lookup(KEY)])
+    before = cache.round_trips
+    found = await asyncio.gather(*[cache.aread([Lookup(key)]) for key in some])
+    assert [e.payload for (e,) in found] == [key[1].encode() for key in some]
+    assert cache.round_trips - before <= 3
+
+
+def test_threads_share_round_trips(redis_server: Server, prefix: str, proxy: Proxy) -> None:
+    """While one thread's request is under way, the others' gather."""
+    proxy.delay = 0.05
+    with RedisCache(proxy.url, prefix=prefix) as cache, ThreadPoolExecutor(32) as pool:
+        cache.write(KEY, entry())
+        before = cache.round_trips
+        found = list(pool.map(lambda _: cache.read([Lookup(KEY)])[0], range(32)))
+        assert found == [entry()] * 32
+        assert cache.round_trips - before <= 8
+        assert proxy.connections == 1
+
+
+async def test_all_kinds_of_operations_share_a_connection(cache: RedisCache) -> None:
+    """Each gets its own answer, also when another one's fails."""
+    results = await asyncio.gather(
+        cache.atag_tokens([DOCS]),
+        cache.awrite(KEY, entry()),
+        cache._async_line().execute([("NONSENSE",), ("ECHO", "x")]),
+        cache.aacquire((("n",), "x")),
+        cache.aread([Lookup(KEY)]),
+    )
+    assert len(results[0]) == 1
+    assert results[1] is True
+    assert isinstance(results[2][0], redis.ResponseError)
+    assert results[2][1] == b"x"
+    assert results[3] is not None
+
+
+def test_scripts_survive_a_server_that_forgot_them(cache: RedisCache, redis_server: Server) -> None:
+    """A script the server does not know (restarted, flushed) is sent in full."""
+    assert cache.write(KEY, entry(b"1"))
+    with redis_server.client() as client:
+        client.script_flush()
+    assert cache.write(KEY, entry(b"2"))
+    with redis_server.client() as client:
+        client.script_flush()
+    assert asyncio.run(cache.awrite(KEY, entry(b"3")))
+    assert cache.read([Lookup(KEY)]) == [entry(b"3")]
+
+
+def test_a_connection_that_was_closed_meanwhile_is_made_anew(
+    redis_server: Server, prefix: str, proxy: Proxy
+) -> None:
+    """An idle connection that somebody cut costs nothing but a new one."""
+    with RedisCache(proxy.url, prefix=prefix) as cache:
+        for i in range(3):
+            assert cache.write(KEY, entry(str(i).encode()))
+            proxy.reset()
+        assert cache.read([Lookup(KEY)]) == [entry(b"2")]
+        assert proxy.connections == 4
+
+
+def test_many_loops(cache: RedisCache) -> None:
+    """Event loops come and go; each has its connection, which ends with it."""
+    asyncio.run(cache.awrite(KEY, entry()))
+    for _ in range(5):
+        assert asyncio.run(cache.aread([Lookup(KEY)])) == [entry()]
+    gc.collect()
+    assert not cache._lines
+
+    def in_a_thread(_: int) -> Any:
+        return asyncio.run(cache.aread([Lookup(KEY)]))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(in_a_thread, range(8))) == [[entry()]] * 8
+
+
+def test_closing_with_loops_around(redis_server: Server, prefix: str) -> None:
+    """Connections of loops that stand still, run elsewhere, or are gone are all closed."""
+    cache = RedisCache(redis_server.url, prefix=prefix)
+    standing, gone = asyncio.new_event_loop(), asyncio.new_event_loop()
+    running = asyncio.new_event_loop()
+    thread = threading.Thread(target=running.run_forever)
+    thread.start()
+    for loop in (standing, gone):
+        loop.run_until_complete(cache.awrite(KEY, entry()))
+    asyncio.run_coroutine_threadsafe(cache.awrite(KEY, entry()), running).result(10)
+    gone.run_until_complete(gone.shutdown_asyncgens())
+    gone.close()
+    cache.close()
+    standing.run_until_complete(asyncio.sleep(0))
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.01), running).result(10)
+    running.call_soon_threadsafe(running.stop)
+    thread.join()
+    for loop in (standing, running):
+        loop.close()
+    assert not cache._lines
+
+
+async def test_a_cancelled_reader_leaves_the_others_alone(cache: RedisCache) -> None:
+    """Replies belong to whom they were meant for, whoever has left."""
+    for key in keys(20):
+        await cache.awrite(key, entry(key[1].encode()))
+    for turn in range(20):
+        tasks = [asyncio.create_task(cache.aread([Lookup(key)])) for key in keys(20)]
+        for _ in range(turn % 5):
+            await asyncio.sleep(0)
+        for task in tasks[::2]:
+            task.cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [e[0].payload for e in found[1::2]] == [str(i).encode() for i in range(1, 20, 2)]
+
+
+async def test_the_loop_is_never_blocked_for_long(cache: RedisCache) -> None:
+    """Reading a thousand entries lets other tasks run in between."""
+    some = keys(1000)
+    await asyncio.gather(*[cache.awrite(key, entry(b"x" * 2000)) for key in some])
+    lookups = [Lookup(key) for key in some]
+    gaps: list[float] = []
+
+    async def tick() -> None:
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    await cache.aread(lookups)
+    ticking = asyncio.create_task(tick())
+    started = time.perf_counter()
+    found = await cache.aread(lookups)
+    took = time.perf_counter() - started
+    ticking.cancel()
+    assert None not in found
+    # a quarter of it would be one of four pieces; there are sixteen, read and then unpacked
+    assert max(gaps) < took / 4
+
+
+# -- whose keys it touches ------------------------------------------------------------------------
+
+
+def test_times_to_live_are_the_servers(
+    cache: RedisCache, redis_server: Server, prefix: str
+) -> None:
+    """Entries, tokens and leases leave by themselves; an entry for ever does not."""
+    now = time.time()
+    cache.write((("n",), "60"), Entry(b"", now, now + 60))
+    cache.write((("n",), "ever"), Entry(b"", now))
+    cache.tag_tokens([DOCS])
+    cache.acquire(KEY)
+    with redis_server.client() as client:
+        left = sorted(client.ttl(name) for name in client.scan_iter(match=f"{prefix}:*"))
+    assert left[0] == -1
+    assert 8 <= left[1] <= 10
+    assert 58 <= left[2] <= 60
+    assert 29 * 86400 < left[3] <= 30 * 86400
+
+
+def test_tokens_in_use_stay(cache: RedisCache, redis_server: Server, prefix: str) -> None:
+    """A token that is asked for lives on, however old."""
+    first = cache.tag_tokens([DOCS])
+    for _ in range(3):
+        redis_server.age(prefix, 20 * 86400)
+        assert cache.tag_tokens([DOCS]) == first
+
+
+def test_neighbours_are_left_alone(cache: RedisCache, redis_server: Server, prefix: str) -> None:
+    """Clearing touches only keys of exactly this prefix and this library."""
+    digest = "0" * 64
+    others = [
+        f"{prefix}",
+        f"{prefix}:users",
+        f"{prefix}:1:e:{{mine}}",
+        f"{prefix}:1:e:{{{digest}}}:x",
+        f"{prefix}:1:x:{{{digest}}}",
+        f"{prefix}:2:e:{{{digest}}}",
+        f"x{prefix}:1:e:{{{digest}}}",
+    ]
+    with redis_server.client() as client:
+        for name in others:
+            client.set(name, "theirs")
+        with RedisCache(redis_server.url, prefix=f"{prefix}:1:e") as neighbour:
+            neighbour.write(KEY, entry(b"neighbour"))
+            cache.write(KEY, entry())
+            cache.tag_tokens([DOCS])
+            cache.clear([KEY[0]])
+            cache.clear()
+            assert neighbour.read([Lookup(KEY)]) == [entry(b"neighbour")]
+            assert cache.read([Lookup(KEY)]) == [None]
+            neighbour.clear()
+        assert client.mget(others) == [b"theirs"] * len(others)
+        left = set(client.scan_iter(match=f"{prefix}:*"))
+        assert left == {name.encode() for name in others if name.startswith(f"{prefix}:")}
+
+
+@pytest.mark.parametrize("kind", ["string", "list", "later version"])
+def test_what_is_not_ours_is_neither_served_nor_overwritten(
+    cache: RedisCache, redis_server: Server, kind: str
+) -> None:
+    """Something else under an entry's own name is a miss, stays, and is counted."""
+    assert cache.write(KEY, entry())
+    with redis_server.client() as client:
+        (name,) = client.scan_iter(match=f"{cache.prefix}:1:e:*")
+        client.delete(name)
+        if kind == "list":
+            client.rpush(name, "theirs")
+        else:
+            client.set(name, b"\x08\0\0\0XYZ\x02..." if kind == "later version" else b"theirs")
+        before = client.dump(name)
+        assert cache.read([Lookup(KEY)]) == [None]
+        assert cache.write(KEY, entry()) is False
+        assert client.dump(name) == before
+    assert cache.stats().refused == 1
+
+
+def test_a_foreign_lease_keeps_nobody_waiting(cache: RedisCache, redis_server: Server) -> None:
+    """What has a lease's name but no time to live is none: an error, not a wait for ever."""
+    lease = cache.acquire(KEY)
+    assert lease is not None
+    with redis_server.client() as client:
+        (name,) = client.scan_iter(match=f"{cache.prefix}:1:l:*")
+        client.set(name, "theirs")
+        with pytest.raises(ValueError, match="not a lease"):
+            cache.acquire(KEY)
+        assert client.get(name) == b"theirs"
+
+
+def test_an_acquisition_whose_answer_got_lost(cache: RedisCache) -> None:
+    """Asking again with the same token is answered the same."""
+    commands = next(cache._acquiring(KEY))
+    assert cache._line.execute([*commands, *commands]) == [1, 1]
+    assert cache.acquire(KEY) is None
+
+
+# -- the tokens of tiers --------------------------------------------------------------------------
+
+
+def known(tiers: TieredCache, *lookups: Lookup) -> None:
+    """Wait until hits of the first tier cost no round trip."""
+    deadline = time.monotonic() + 20
+    server = tiers.tiers[-1]
+    assert isinstance(server, RedisCache)
+    while True:
+        before = server.round_trips
+        assert None not in tiers.read(list(lookups))
+        if server.round_trips == before:
+            return
+        assert time.monotonic() < deadline, "it never came to know its tags"
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def tiers(redis_server: Server, prefix: str) -> Any:
+    with TieredCache(MemoryCache(), RedisCache(redis_server.url, prefix=prefix)) as tiers:
+        yield tiers
+
+
+def store(cache: Any, payload: bytes = b"value") -> None:
+    (token,) = cache.tag_tokens([DOCS])
+    cache.write(KEY, entry(payload, deps=((DOCS, token),)))
+
+
+def test_first_tier_hits_cost_no_round_trip(tiers: TieredCache) -> None:
+    """Once its tags are known, a hit asks nobody, sync or async."""
+    store(tiers)
+    known(tiers, Lookup(KEY, (DOCS,)))
+    found = [tiers.read([Lookup(KEY, (DOCS,))])[0] for _ in range(100)]
+    assert found.count(None) == 0
+
+    async def hits() -> int:
+        server = tiers.tiers[-1]
+        await tiers.aread([Lookup(KEY)])
+        before = server.round_trips  # type: ignore[attr-defined]
+        for _ in range(10):
+            await tiers.aread([Lookup(KEY)])
+        return int(server.round_trips - before)  # type: ignore[attr-defined]
+
+    known(tiers, Lookup(KEY, (DOCS,)))
+    assert asyncio.run(hits()) <= 1
+
+
+@pytest.mark.parametrize("how", ["invalidate", "clear one", "clear all", "delete"])
+def test_known_tokens_are_forgotten(
+    tiers: TieredCache, cache: RedisCache, redis_server: Server, how: str
+) -> None:
+    """Whoever changes a token, once it has returned no first tier serves what depended on it."""
+    for turn in range(5):
+        store(tiers, str(turn).encode())
+        known(tiers, Lookup(KEY))
+        if how == "invalidate":
+            cache.invalidate("docs")
+        elif how == "clear one":
+            cache.clear([KEY[0]])
+        elif how == "clear all":
+            cache.clear()
+        else:
+            # by hand: nobody waits for the views, but they hear of it
+            with redis_server.client() as client:
+                client.delete(*client.scan_iter(match=f"{cache.prefix}:1:t:*"))
+            deadline = time.monotonic() + 10
+            while tiers.read([Lookup(KEY)]) != [None]:
+                assert time.monotonic() < deadline
+        assert tiers.read([Lookup(KEY)]) == [None]
+
+
+def test_own_invalidations_count_at_once(tiers: TieredCache) -> None:
+    """Alone with the server, an invalidation need not wait, and counts from its return."""
+    for turn in range(20):
+        store(tiers, str(turn).encode())
+        known(tiers, Lookup(KEY))
+        started = time.monotonic()
+        tiers.invalidate("docs")
+        assert time.monotonic() - started < 0.05
+        assert tiers.read([Lookup(KEY)]) == [None]
+
+
+def test_a_cut_view_serves_nothing(redis_server: Server, proxy: Proxy, prefix: str) -> None:
+    """While nothing can be heard, no token is known; what changed meanwhile counts afterwards."""
+    quick = RedisCache(proxy.url, prefix=prefix, timeout=0.3)
+    with TieredCache(MemoryCache(), quick) as tiers:
+        store(tiers)
+        known(tiers, Lookup(KEY))
+        proxy.deaf = True
+        with RedisCache(redis_server.url, prefix=prefix) as other:
+            other.invalidate("docs")  # waits for the view, which cannot hear it, to end
+            assert tiers.read([Lookup(KEY)]) == [None]
+            proxy.deaf = False
+            proxy.reset()
+            assert tiers.read([Lookup(KEY)]) == [None]
+            store(other, b"new")
+        deadline = time.monotonic() + 20
+        while tiers.read([Lookup(KEY)])[0] is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            for tier in tiers._tiers:
+                tier._away_until = 0.0
+        known(tiers, Lookup(KEY))
+        assert tiers.read([Lookup(KEY)])[0].payload == b"new"  # type: ignore[union-attr]
+
+
+def test_what_changes_while_it_is_asked_for_is_not_remembered(tiers: TieredCache) -> None:
+    """A token read before a change and answered after it is not taken for the current one."""
+    store(tiers)
+    known(tiers, Lookup(KEY))
+    server = tiers.tiers[-1]
+    assert isinstance(server, RedisCache)
+    asking = server._peeking_tags([DOCS])
+    commands = next(asking)
+    replies = server._line.execute(commands)
+    server.invalidate("docs")
+    with pytest.raises(StopIteration):
+        asking.send(replies)
+    assert server.known_tags([DOCS]) is None
+    assert tiers.read([Lookup(KEY)]) == [None]
+
+
+def test_the_listener_ends_with_its_cache(redis_server: Server, prefix: str) -> None:
+    """Closed or forgotten, a cache leaves no thread behind."""
+
+    def listeners() -> list[threading.Thread]:
+        return [t for t in threading.enumerate() if t.name == "langgraph-perf-redis"]
+
+    before = len(listeners())
+    tiers = TieredCache(MemoryCache(), RedisCache(redis_server.url, prefix=prefix))
+    store(tiers)
+    known(tiers, Lookup(KEY))
+    assert len(listeners()) == before + 1
+    tiers.close()
+    assert len(listeners()) == before
+    tiers = TieredCache(MemoryCache(), RedisCache(redis_server.url, prefix=prefix))
+    store(tiers)
+    known(tiers, Lookup(KEY))
+    del tiers
+    gc.collect()
+    assert len(listeners()) == before
+
+
+# -- waiting for another's result -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["write", "newer write", "release", "expire"])
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_who_waits_is_woken(
+    cache: RedisCache, redis_server: Server, prefix: str, how: str, mode: str
+) -> None:
+    """A pause ends when the lease is given back, with or without a result, and not much later."""
+    cache.lease_seconds = 0.3 if how == "expire" else 30
+    lease = cache.acquire(KEY)
+    assert lease is not None
+    with RedisCache(redis_server.url, prefix=prefix) as other, ThreadPoolExecutor(1) as pool:
+
+        def wait() -> float:
+            if mode == "sync":
+                other.pause(KEY, 20.0)
+            else:
+                asyncio.run(other.apause(KEY, 20.0))
+            return time.monotonic()
+
+        waiting = pool.submit(wait)
+        subscribed(redis_server, prefix)
+        started = time.monotonic()
+        if how == "write":
+            cache.write(KEY, entry(), lease)
+        elif how == "newer write":
+            cache.write(KEY, entry())
+        elif how == "release":
+            cache.release(lease)
+        assert waiting.result(10) - started < 1.0
+
+
+def subscribed(server: Server, prefix: str) -> None:
+    """Wait until somebody waits for a lease."""
+    deadline = time.monotonic() + 10
+    with server.client() as client:
+        while not client.pubsub_channels(f"{prefix}:1:w:*"):
+            assert time.monotonic() < deadline
+
+
+def test_a_pause_without_a_holder_ends_at_once(cache: RedisCache) -> None:
+    """What was given back before anybody could wait is not waited for."""
+    started = time.monotonic()
+    cache.pause(KEY, 20.0)
+    asyncio.run(cache.apause(KEY, 20.0))
+    assert time.monotonic() - started < 5.0
+
+
+# -- what the server says -------------------------------------------------------------------------
+
+
+def test_messages_in_pieces() -> None:
+    """RESP3 is understood however it is cut."""
+    stream = (
+        b"%1\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n+OK\r\n:42\r\n_\r\n$-1\r\n"
+        b">2\r\n$10\r\ninvalidate\r\n*2\r\n$1\r\na\r\n$3\r\nb\r\n\r\n"
+        b">2\r\n$10\r\ninvalidate\r\n_\r\n-ERR no\r\n"
+    )
+    whole = list(Buffer().feed(stream))
+    assert whole[:5] == [[b"server", b"valkey"], b"OK", b"42", None, None]
+    assert isinstance(whole[5], Report)
+    assert whole[5] == [b"invalidate", [b"a", b"b\r\n"]]
+    assert whole[6] == [b"invalidate", None]
+    assert isinstance(whole[7], Exception)
+    for size in (1, 2, 3, 7, 50):
+        buffer = Buffer()
+        pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
+        messages = [message for piece in pieces for message in buffer.feed(piece)]
+        assert messages[:7] == whole[:7]
+        assert len(messages) == 8

@@ -1,0 +1,264 @@
+"""Redis fails in every way it can: every run of a graph ends, with the right answer."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+from langgraph.graph import START
+from typing_extensions import TypedDict
+
+from langgraph_perf import CachePolicy, MemoryCache, RedisCache, StateGraph, TieredCache
+from langgraph_perf._backend import Backend
+from langgraph_perf.caches.base import Cache
+from tests.redis_server import Proxy, Server, free_port, new_prefix
+
+TIMEOUT = 0.2
+
+
+class State(TypedDict, total=False):
+    query: str
+    answer: str
+
+
+def build(cache: Cache) -> tuple[Any, list[str]]:
+    """A graph whose node says what it was asked, and the list of what it was asked."""
+    runs: list[str] = []
+
+    def node(state: State) -> State:
+        runs.append(state["query"])
+        return {"answer": f"about {state['query']}"}
+
+    builder = StateGraph(State)
+    policy = CachePolicy(version=1, tags=["docs"], ttl=3600)
+    builder.add_node("node", node, cache_policy=policy)
+    return builder.add_edge(START, "node").compile(cache=cache), runs
+
+
+def run(graph: Any, queries: list[str], mode: str) -> float:
+    """Every query is answered well; returns how long the slowest run took."""
+    times = []
+
+    async def ask_all() -> None:
+        for query in queries:
+            started = time.monotonic()
+            assert (await graph.ainvoke({"query": query}))["answer"] == f"about {query}"
+            times.append(time.monotonic() - started)
+
+    if mode == "async":
+        asyncio.run(ask_all())
+    else:
+        for query in queries:
+            started = time.monotonic()
+            assert graph.invoke({"query": query})["answer"] == f"about {query}"
+            times.append(time.monotonic() - started)
+    return max(times)
+
+
+@contextmanager
+def stopped(server: Server, proxy: Proxy) -> Iterator[None]:
+    server.send(signal.SIGKILL)
+    yield
+    server.start()
+
+
+@contextmanager
+def hung(server: Server, proxy: Proxy) -> Iterator[None]:
+    with server.stopped():
+        yield
+
+
+@contextmanager
+def restarted(server: Server, proxy: Proxy) -> Iterator[None]:
+    server.send(signal.SIGKILL)
+    server.start()
+    yield
+
+
+@contextmanager
+def full(server: Server, proxy: Proxy) -> Iterator[None]:
+    with server.client() as client:
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", "1")
+        yield
+        client.config_set("maxmemory", "0")
+
+
+@contextmanager
+def read_only(server: Server, proxy: Proxy) -> Iterator[None]:
+    with server.client() as client:
+        client.replicaof("127.0.0.1", str(free_port()))
+        yield
+        client.replicaof("NO", "ONE")
+
+
+@contextmanager
+def slow(server: Server, proxy: Proxy) -> Iterator[None]:
+    proxy.delay = 0.25
+    yield
+    proxy.delay = 0.0
+
+
+@contextmanager
+def deaf(server: Server, proxy: Proxy) -> Iterator[None]:
+    proxy.deaf = True
+    yield
+    proxy.deaf = False
+    proxy.reset()
+
+
+@contextmanager
+def cut_in_the_middle(server: Server, proxy: Proxy) -> Iterator[None]:
+    proxy.cut_after = 3
+    yield
+    proxy.cut_after = None
+
+
+@contextmanager
+def reset_again_and_again(server: Server, proxy: Proxy) -> Iterator[None]:
+    done = threading.Event()
+
+    def cut() -> None:
+        while not done.wait(0.002):
+            proxy.reset()
+
+    thread = threading.Thread(target=cut)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+
+
+@contextmanager
+def locked(server: Server, proxy: Proxy) -> Iterator[None]:
+    with server.client() as client:
+        client.config_set("requirepass", "secret")
+        client.client_kill_filter(_type="normal", skipme=True)
+        yield
+        client.config_set("requirepass", "")
+
+
+FAULTS = [
+    stopped,
+    hung,
+    restarted,
+    full,
+    read_only,
+    slow,
+    deaf,
+    cut_in_the_middle,
+    reset_again_and_again,
+    locked,
+]
+Fault = Callable[[Server, Proxy], AbstractContextManager[None]]
+
+
+@pytest.fixture(scope="module")
+def victim() -> Iterator[Server]:
+    """One server, harmed and healed again and again."""
+    with Server() as server:
+        yield server
+
+
+@pytest.mark.parametrize("tiers", [False, True], ids=["alone", "tiers"])
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_every_run_ends_well(fault: Fault, mode: str, tiers: bool, victim: Server) -> None:
+    """During a fault runs end with the right answer in bounded time; afterwards they hit again."""
+    proxy = Proxy(victim.port)
+    cache: Cache = RedisCache(
+        proxy.url, prefix=new_prefix(), timeout=TIMEOUT, connect_timeout=TIMEOUT
+    )
+    if tiers:
+        cache = TieredCache(MemoryCache(), cache)
+    graph, runs = build(cache)
+    run(graph, ["before"], mode)
+    with fault(victim, proxy):
+        slowest = run(graph, [*map(str, range(5)), "before", "before"], mode)
+    # at most the deadline, besides what the machine is busy with: nothing else is tried then
+    assert slowest < 5 * TIMEOUT
+    recovers(cache, graph, runs, mode)
+    cache.close()
+    proxy.close()
+
+
+def recovers(cache: Cache, graph: Any, runs: list[str], mode: str) -> None:
+    """Once pauses are over, results are stored and served again."""
+    backend = Backend.of(cache)
+    deadline = time.monotonic() + 20
+    while True:
+        assert time.monotonic() < deadline, "it does not recover"
+        for breaker in (backend.reads, backend.writes, backend.tags):
+            breaker._closed_again_at = None
+            breaker._failures = 0
+        if isinstance(cache, TieredCache):
+            for tier in cache._tiers:
+                tier._away_until = 0.0
+        query = f"after {time.monotonic()}"
+        run(graph, [query, query], mode)
+        if runs.count(query) == 1:
+            return
+
+
+def test_a_server_that_is_away_costs_little_once_that_is_known() -> None:
+    """With the breaker open a run is not slowed down."""
+    with RedisCache(f"redis://127.0.0.1:{free_port()}", timeout=TIMEOUT) as cache:
+        graph, _ = build(cache)
+        run(graph, [str(i) for i in range(5)], "sync")
+        failures = dict(graph.perf.stats().failures)
+        run(graph, [str(i) for i in range(5)], "sync")
+        after = graph.perf.stats().failures
+        assert {k: v for k, v in after.items() if k != "skipped"} == {
+            k: v for k, v in failures.items() if k != "skipped"
+        }
+
+
+def test_the_first_tier_goes_on_while_the_server_is_away(own_server: Server) -> None:
+    """What depends on no tag is served by the first tier, and what was stored there meanwhile."""
+    cache = TieredCache(
+        MemoryCache(), RedisCache(own_server.url, timeout=TIMEOUT, connect_timeout=TIMEOUT)
+    )
+    builder = StateGraph(State)
+    runs: list[str] = []
+
+    def node(state: State) -> State:
+        runs.append(state["query"])
+        return {"answer": f"about {state['query']}"}
+
+    builder.add_node("node", node, cache_policy=CachePolicy(version=1))
+    graph = builder.add_edge(START, "node").compile(cache=cache)
+    run(graph, ["q", "q"], "sync")
+    own_server.send(signal.SIGKILL)
+    run(graph, ["q", "q", "r", "r"], "sync")
+    assert runs == ["q", "r"]
+    cache.close()
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_hung_server_costs_its_deadline(own_server: Server, mode: str) -> None:
+    """However many ask at once, each waits for its deadline and not for those before it."""
+    cache = RedisCache(own_server.url, prefix="p", timeout=TIMEOUT, connect_timeout=TIMEOUT)
+    graph, _ = build(cache)
+    run(graph, ["q"], mode)
+
+    async def all_at_once() -> None:
+        def ask(i: int) -> Any:
+            query = {"query": str(i)}
+            return (
+                graph.ainvoke(query) if mode == "async" else asyncio.to_thread(graph.invoke, query)
+            )
+
+        for i, answer in enumerate(await asyncio.gather(*map(ask, range(50)))):
+            assert answer["answer"] == f"about {i}"
+
+    with own_server.stopped():
+        started = time.monotonic()
+        asyncio.run(all_at_once())
+        assert time.monotonic() - started < 8 * TIMEOUT
+    cache.close()
