@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -43,7 +44,7 @@ class Server:
     """A private server, or the one that ``REDIS_URL`` names."""
 
     def __init__(self, url: str = "", options: tuple[str, ...] = ()) -> None:
-        self.port = 0
+        self.port = urlsplit(url).port or 6379
         self.directory = tempfile.mkdtemp(prefix="redis-")
         self._arguments: tuple[str, ...] = (*_OPTIONS, "--dir", self.directory, *options)
         self._process: subprocess.Popen[bytes] | None = None
@@ -220,6 +221,6 @@ class Proxy:
 @pytest.fixture
 def proxy(redis_server: Server) -> Iterator[Proxy]:
     """A network in front of the shared server."""
-    made = Proxy(redis_server.client().connection_pool.connection_kwargs["port"])
+    made = Proxy(redis_server.port)
     yield made
     made.close()

@@ -311,7 +311,8 @@ class TieredCache(Cache):
 
     def tag_tokens(self, tags: Sequence[str]) -> tuple[str, ...]:
         """The current token of each tag id, from the last tier."""
-        return _carry_out(self._must(self._last, "tag_tokens", tags))
+        tokens: tuple[str, ...] = _carry_out(self._must(self._last, "tag_tokens", tags))
+        return tokens
 
     def drop_tags(self, tags: Sequence[str]) -> None:
         """Forget the tokens of these tag ids."""
@@ -320,7 +321,8 @@ class TieredCache(Cache):
 
     def acquire(self, key: FullKey) -> Lease | None:
         """Take the lease of ``key``; ``None`` while somebody else holds it."""
-        return _carry_out(self._must(self._lessor, "acquire", key))
+        lease: Lease | None = _carry_out(self._must(self._lessor, "acquire", key))
+        return lease
 
     def renew(self, lease: Lease) -> Lease | None:
         """Extend a lease by ``lease_seconds``; ``None`` when it was lost."""
@@ -390,7 +392,8 @@ class TieredCache(Cache):
 
     async def atag_tokens(self, tags: Sequence[str]) -> tuple[str, ...]:
         """Like ``tag_tokens``, without blocking the event loop."""
-        return await _acarry_out(self._must(self._last, "tag_tokens", tags))
+        tokens: tuple[str, ...] = await _acarry_out(self._must(self._last, "tag_tokens", tags))
+        return tokens
 
     async def adrop_tags(self, tags: Sequence[str]) -> None:
         """Like ``drop_tags``, without blocking the event loop."""
@@ -399,7 +402,8 @@ class TieredCache(Cache):
 
     async def aacquire(self, key: FullKey) -> Lease | None:
         """Like ``acquire``, without blocking the event loop."""
-        return await _acarry_out(self._must(self._lessor, "acquire", key))
+        lease: Lease | None = await _acarry_out(self._must(self._lessor, "acquire", key))
+        return lease
 
     async def arenew(self, lease: Lease) -> Lease | None:
         """Like ``renew``, without blocking the event loop."""
