@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import urlsplit
@@ -147,6 +147,41 @@ def own_server() -> Iterator[Server]:
     """A server to be harmed."""
     with Server() as server:
         yield server
+
+
+@contextmanager
+def cluster() -> Iterator[redis.RedisCluster]:
+    """A client of a private cluster of three nodes."""
+    with ExitStack() as stack:
+        nodes = [
+            stack.enter_context(
+                Server(options=("--cluster-enabled", "yes", "--cluster-port", str(free_port())))
+            )
+            for _ in range(3)
+        ]
+        clients = [stack.enter_context(node.client()) for node in nodes]
+        borders = [0, 5461, 10923, 16384]
+        for client, start, end in zip(clients, borders, borders[1:], strict=False):
+            client.execute_command("CLUSTER ADDSLOTSRANGE", start, end - 1)
+        for client in clients[1:]:
+            bus = nodes[0]._arguments[nodes[0]._arguments.index("--cluster-port") + 1]
+            client.execute_command("CLUSTER MEET", "127.0.0.1", nodes[0].port, bus)
+        deadline = time.monotonic() + 30
+        while any(
+            b"cluster_state:ok" not in info or b"cluster_known_nodes:3" not in info
+            for info in [_cluster_info(node) for node in nodes]
+        ):
+            assert time.monotonic() < deadline, "the nodes do not make a cluster"
+            time.sleep(0.05)
+        client = redis.RedisCluster(host="127.0.0.1", port=nodes[0].port)
+        yield client
+        client.close()
+
+
+def _cluster_info(node: Server) -> bytes:
+    with socket.create_connection(("127.0.0.1", node.port), 5) as sock:
+        sock.sendall(b"CLUSTER INFO\r\n")
+        return sock.recv(65536)
 
 
 class Proxy:
