@@ -1538,3 +1538,19 @@ def test_the_types_of_a_schema_make_its_values_come_back_in_strict_mode():
     value = {"deep": {"a": (Deep(point=Point(1), boxes=[Box[Slotted](item=Slotted(1))]),)}}
     allowed = Allowlist.of(*types_in(Graph), strict=True)
     assert same(roundtrip(value, allowed), value)
+
+
+@pytest.mark.parametrize("size", [8180, 8190, 8200, 65_530, 65_540])
+@pytest.mark.parametrize("letter", ["x", "é", b"x"], ids=["ascii", "not ascii", "bytes"])
+def test_long_texts_and_bytes_keep_to_their_length(letter, size):
+    """What is nothing but a long text or bytes is read in one step, which misses no damage."""
+    value = letter * size
+    payload = encode(value)
+    assert decode(payload) == decode(memoryview(payload)) == value
+    assert type(decode(memoryview(payload))) is type(value)
+    for wrong in (payload + b"x", payload[:-1], payload[:5] + payload[6:]):
+        with pytest.raises(DecodeError):
+            decode(wrong)
+    if isinstance(value, str):
+        with pytest.raises(DecodeError):
+            decode(payload[:-1] + b"\xff")

@@ -83,7 +83,7 @@ class Tally:
             for name, count in counts.items():
                 self._others[name] += count
 
-    def read(self, answers: list[Entry | None]) -> None:
+    def read(self, answers: Sequence[Entry | None]) -> None:
         """Count each answer as a hit or, where it is ``None``, as a miss."""
         misses = answers.count(None)
         with self._lock:
@@ -318,11 +318,11 @@ class Cache(BaseCache[Any]):
 
     def get(self, keys: Sequence[FullKey]) -> dict[FullKey, Any]:
         """The values stored under ``keys``; absent, expired and damaged ones are left out."""
-        return _decoded(keys, self.read([Lookup(key) for key in keys]))
+        return decoded(keys, self.read([Lookup(key) for key in keys]))
 
     async def aget(self, keys: Sequence[FullKey]) -> dict[FullKey, Any]:
         """Like ``get``, without blocking the event loop."""
-        return _decoded(keys, await self.aread([Lookup(key) for key in keys]))
+        return decoded(keys, await self.aread([Lookup(key) for key in keys]))
 
     def set(self, pairs: Mapping[FullKey, tuple[Any, int | None]]) -> None:
         """Store ``{key: (value, ttl in seconds or None)}``; a value that cannot be encoded is
@@ -401,7 +401,8 @@ def _tag_ids(tags: Sequence[str]) -> list[str]:
     return [tag_id(tag) for tag in tags]
 
 
-def _decoded(keys: Sequence[FullKey], entries: Sequence[Entry | None]) -> dict[FullKey, Any]:
+def decoded(keys: Sequence[FullKey], entries: Sequence[Entry | None]) -> dict[FullKey, Any]:
+    """What ``BaseCache.get`` answers: the values of the entries found for ``keys``."""
     values: dict[FullKey, Any] = {}
     for key, entry in zip(keys, entries):  # noqa: B905 - as long as each other; `strict` is slow
         if entry is None:

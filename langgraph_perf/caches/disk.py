@@ -29,6 +29,7 @@ from langgraph_perf.caches.base import (
     Lease,
     Lookup,
     TokenCache,
+    decoded,
     key_digest,
     namespace_tag,
     new_token,
@@ -61,6 +62,8 @@ _UPSERT = """
         tag = excluded.tag, size = 0, mode = 1, filename = NULL, value = excluded.value"""
 _OURS = "FROM Cache WHERE raw = 1 AND mode = 1 AND filename IS NULL AND key"
 _SELECT_ONE = f"SELECT tag, value {_OURS} = ?"
+_UNBOUND = (None, ())
+"""Of an entry that neither expires nor depends on a tag: ``expires`` and ``deps``."""
 _SELECT = f"SELECT tag, value, key {_OURS}"
 _TAKE = """
     INSERT INTO Leases VALUES (?, ?, ?)
@@ -116,20 +119,32 @@ class DiskCache(TokenCache):
 
     # -- entries ----------------------------------------------------------------------------------
 
+    # `get` and `read` are the same, made short for what is asked most: one result, without tags
+
+    def get(self, keys: Sequence[FullKey]) -> dict[FullKey, Any]:
+        """The values stored under ``keys``; absent, expired and damaged ones are left out."""
+        if len(keys) != 1 or self._closed:
+            return super().get(keys)
+        entry = self._one(keys[0], (), None)
+        return decoded(keys, (entry,)) if entry is not None else {}
+
     def read(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
         """One answer for each lookup, in order; only servable entries."""
         if len(lookups) != 1 or self._closed:
             return super().read(lookups)
-        # the same, made short for what is asked most: one result, without tags
-        (lookup,) = lookups
-        digest = key_digest(lookup.key)
-        rows = self._db.rows(_SELECT_ONE, (digest,))
-        entry = self._entry(lookup, digest, rows[0]) if rows else None
-        if entry is not None and (entry.deps or lookup.tags):
-            current = self.peek_tags({tag for tag, _ in entry.deps})
-            entry = entry if servable(entry, lookup, current, self.clock()) else None
-        self._tally.read([entry])
-        return [entry]
+        return [self._one(*lookups[0])]
+
+    def _one(self, key: FullKey, tags: tuple[str, ...], max_age: float | None) -> Entry | None:
+        digest = key_digest(key)
+        entry = None
+        for head, body in self._db.rows(_SELECT_ONE, (digest,)):
+            entry = self._unsealed(digest, head, body)
+            if entry is not None and (entry[2:4] != _UNBOUND or tags or max_age is not None):
+                current = self.peek_tags({tag for tag, _ in entry.deps})
+                lookup = Lookup(key, tags, max_age)
+                entry = entry if servable(entry, lookup, current, self.clock()) else None
+        self._tally.read((entry,))
+        return entry
 
     def peek(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
         """Like ``read``, but whatever became of the entries' tags; counts nothing."""
@@ -146,12 +161,15 @@ class DiskCache(TokenCache):
         ]
 
     def _entry(self, lookup: Lookup, digest: bytes, row: tuple[Any, ...]) -> Entry | None:
+        entry = self._unsealed(digest, row[0], row[1])
+        return entry if entry and timely(entry, lookup, self.clock()) else None
+
+    def _unsealed(self, digest: bytes, head: object, body: object) -> Entry | None:
         try:
-            entry = unseal(digest, row[0], row[1], self.value_serde)
+            return unseal(digest, head, body, self.value_serde)
         except DamagedEntry:
             self._tally.add(damaged=1)
             return None
-        return entry if timely(entry, lookup, self.clock()) else None
 
     def write(self, key: FullKey, entry: Entry, lease: Lease | None = None) -> bool:
         """Store, and give ``lease`` back with it.
