@@ -748,24 +748,25 @@ def bystander(effort: Effort) -> Iterator[Result]:
 def reaping(effort: Effort) -> Iterator[Result]:
     """Threads that 50 pools need to close what is idle, and what is left of them afterwards."""
 
-    def settled(number: int) -> int:
-        deadline = time.monotonic() + 5
-        while threading.active_count() > number and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return threading.active_count() - number
+    before = set(threading.enumerate())
 
-    before = threading.active_count()
+    def more() -> int:
+        return len(set(threading.enumerate()) - before)
+
     ours = [Pool(Dummy, max_idle=0.1) for _ in range(50)]
     for pool in ours:
         with pool.lease():
             pass
-    most = threading.active_count() - before
-    left = settled(before)
+    most = more()
+    deadline = time.monotonic() + 5
+    while more() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    left = more()
     assert not any(pool.stats().size for pool in ours)
     with Pools(1) as pools:
         for _ in range(50):
             pools.psycopg()
-        theirs = threading.active_count() - before
+        theirs = more()
     yield result(
         "threads of 50 pools",
         "psycopg_pool",

@@ -34,7 +34,8 @@ def lease(
         key: which object, for ``Keyed``.
         timeout: seconds to wait at most; ``None`` for the resource's own limit. ``FromContext``
             ignores it.
-        config: the node's config; needed only where LangGraph cannot pass it along by itself.
+        config: the node's config; needed only in async runs on Python 3.10, where LangGraph
+            cannot pass it along by itself.
 
     Raises:
         ConfigurationError: there is no such resource, or the code does not run inside a node.
@@ -68,7 +69,7 @@ def _registry(name: str, config: RunnableConfig | None) -> Registry:
     if binding is None or binding.resources is None:
         raise ConfigurationError(
             f"lease({name!r}): there are no resources here; it works inside a node of a graph that "
-            "was compiled with resources=, or of a subgraph of one (async nodes on Python 3.10: "
+            "was compiled with resources=, or of a subgraph of one (async runs on Python 3.10: "
             "pass config=)"
         )
     return binding.resources

@@ -98,7 +98,7 @@ def private_postgres(directory: Path | None = None) -> Iterator[str]:
         data, run_as = own / "data", _unprivileged()
         if run_as is not None:
             if not _reachable(programs):  # a virtual environment in root's home, for instance
-                programs = _copy(programs, own)
+                programs = _copy(programs, own / "programs")
             if directory is not None and not _reachable(directory):
                 logger.info("PostgreSQL cannot keep its data in %s and starts empty", directory)
                 directory = None
@@ -109,15 +109,15 @@ def private_postgres(directory: Path | None = None) -> Iterator[str]:
             _give((own, data) if data.exists() else (own,), run_as)
         options: dict[str, Any] = {"cwd": own, **(run_as or {})}
         if not (data / "PG_VERSION").exists():
-            initdb = [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust"]
+            initdb = [str(programs / "initdb"), "-D", str(data), "-U", "postgres", "-A", "trust"]
             initdb += ["-E", "UTF8", "--locale=C", "--no-sync"]
             made = subprocess.run(initdb, **options, capture_output=True, text=True)
             if made.returncode:
                 raise DatabaseError(f"initdb failed: {' '.join(made.stderr.split())}")
         with (own / "log").open("w+") as log:
             command = [programs / "postgres", "-D", data, "-k", own, "-c", "listen_addresses="]
-            server = subprocess.Popen(
-                ["sh", "-c", UNTIL_EOF, "sh", *command, "-c", "fsync=off"],
+            server: subprocess.Popen[bytes] = subprocess.Popen(
+                ["sh", "-c", UNTIL_EOF, "sh", *map(str, command), "-c", "fsync=off"],
                 **options,
                 stdin=subprocess.PIPE,
                 stderr=log,
@@ -170,10 +170,8 @@ def _copy(programs: Path, target: Path) -> Path:
     for folder in package.parent.glob(f"{package.name}*"):  # the libraries are beside it
         if not folder.name.endswith(".dist-info"):
             shutil.copytree(folder, target / folder.name)
-    for folder, _, files in os.walk(target):
-        os.chmod(folder, 0o755)
-        for file in files:
-            os.chmod(Path(folder, file), 0o755)
+    for path in (target, *target.rglob("*")):
+        path.chmod(0o755)
     return target / programs.relative_to(package.parent)
 
 

@@ -101,6 +101,7 @@ def select(state: State, runtime: Runtime[Context], db: Any) -> dict[str, Any]:
 
     def embed_documents(keys: Sequence[tuple[str, str, str]]) -> list[Vector]:
         # only here, where a document is new: what resources= names is leased for the whole node
+        embedder: Embedder
         with lease("embedder") as embedder:
             return embedder.embed([f"{name}: {text}" for _, name, text in keys])
 

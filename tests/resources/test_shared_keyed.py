@@ -398,7 +398,7 @@ def test_idle_keys_are_unloaded_each_at_its_time(
 
 def test_concurrent_use_and_eviction(watch: Watch, maker: Maker, clock: FakeTime) -> None:
     """commons-pool ``testConcurrentBorrowAndEvict``: nobody gets an object that is being closed."""
-    models = watch(Keyed(maker.create, max_size=2, max_idle=1, close=maker.close))
+    models = watch(Keyed(maker.create, max_size=2, max_idle=1, timeout=None, close=maker.close))
     stop = threading.Event()
 
     def work(seed: int) -> None:
