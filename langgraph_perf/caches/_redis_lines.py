@@ -302,7 +302,7 @@ class AsyncLine:
                     replies.append(await connection.read_response(disable_decoding=True))
                 except exceptions.ResponseError as exc:
                     replies.append(exc)
-                if i % _AT_ONCE == 0:
+                if i % _AT_ONCE == 0 or (isinstance(replies[-1], list) and i < len(commands)):
                     await asyncio.sleep(0)
             if any(isinstance(reply, exceptions.ReadOnlyError) for reply in replies):
                 await self._disconnect()
