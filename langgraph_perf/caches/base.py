@@ -83,6 +83,11 @@ class Tally:
             for name, count in counts.items():
                 self._others[name] += count
 
+    def hit(self) -> None:
+        """Count a hit."""
+        with self._lock:
+            self._hits += 1
+
     def read(self, answers: Sequence[Entry | None]) -> None:
         """Count each answer as a hit or, where it is ``None``, as a miss."""
         misses = answers.count(None)

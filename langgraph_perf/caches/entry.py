@@ -148,10 +148,10 @@ def servable(entry: Entry, lookup: Lookup, current: Mapping[str, str], now: floa
         return False
     if not entry.deps:
         return not lookup.tags
-    if any(current.get(tag) != token for tag, token in entry.deps):
-        return False
-    known = {tag for tag, _ in entry.deps}
-    return known.issuperset(lookup.tags)
+    for tag, token in entry.deps:
+        if current.get(tag) != token:
+            return False
+    return not lookup.tags or {tag for tag, _ in entry.deps}.issuperset(lookup.tags)
 
 
 # -- entries at rest ----------------------------------------------------------------------------

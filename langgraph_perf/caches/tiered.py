@@ -281,15 +281,15 @@ class TieredCache(Cache):
         except Exception as exc:
             first.failed("peek", exc)
             return None
-        if entry is None:
+        # a copy's last dependency is its namespace's
+        if entry is None or not entry.deps or entry.deps[-1][0] != namespace_tag(lookup.key[0]):
             return None
         current = self._last.cache.known_tags([tag for tag, _ in entry.deps])
-        if current is None or not self._serves(entry, lookup, current, self.clock()):
+        if current is None or not servable(entry, lookup, current, self.clock()):
             return None
-        with self._counting:
-            first.hits += 1
-        self._tally.read([entry])
-        return _without_own(entry, lookup.key)
+        self._tally.hit()
+        payload, created, expires, deps, seconds, tokens = entry
+        return Entry(payload, created, expires, deps[:-1], seconds, tokens)
 
     # -- primitives, blocking ---------------------------------------------------------------------
 
@@ -353,13 +353,18 @@ class TieredCache(Cache):
         return self._snapshot([tier.cache.stats() for tier in self._tiers])
 
     def _snapshot(self, each: Sequence[CacheStats]) -> CacheStats:
+        total = self._tally.stats()
+        # the first tier is not made to count one by one what the total tells
+        hits = [tier.hits for tier in self._tiers]
+        hits[0] = total.hits - sum(hits[1:])
         tiers = tuple(
             [
-                replace(stats, hits=tier.hits, misses=tier.misses, errors=tier.errors)
-                for stats, tier in zip(each, self._tiers, strict=True)
+                replace(stats, hits=served, misses=tier.misses, errors=tier.errors)
+                for stats, served, tier in zip(each, hits, self._tiers, strict=True)
             ]
         )
-        return self._tally.stats(
+        return replace(
+            total,
             entries=tiers[-1].entries,
             bytes=sum([stats.bytes for stats in tiers]),
             errors=sum([stats.errors for stats in tiers]),
