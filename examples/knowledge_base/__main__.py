@@ -148,8 +148,8 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
                 cache.clear()  # whatever it holds was made from data that are gone
 
         # they will be needed, and loading them is not part of what the cache saves
-        with resources["embedder"].lease() as embedder:
-            embedder.embed(["warm up"])
+        with resources["embedder"].lease():
+            pass
         for model_type in list(MODEL_TYPES)[: args.max_models]:
             with resources["models"].lease(model_type):
                 pass

