@@ -119,7 +119,8 @@ class Perf:
                     raise ConfigurationError(
                         f"node {prefix + name!r}, CachePolicy.tags: "
                         f"{type(self._graph.cache).__name__} cannot invalidate by tag; accepted: "
-                        "no tags, or compile(cache=) with MemoryCache, DiskCache or TieredCache"
+                        "no tags, or compile(cache=) with MemoryCache, DiskCache, RedisCache or "
+                        "TieredCache"
                     )
 
     def check_resources(self) -> None:

@@ -10,24 +10,16 @@ from typing import Any
 
 import pytest
 
-from langgraph_perf import DiskCache, MemoryCache, TieredCache
+from langgraph_perf import DiskCache, MemoryCache, RedisCache, TieredCache
 from langgraph_perf._backend import Backend
 from langgraph_perf.caches.base import Cache
+from langgraph_perf.testing import Clock as Clock
 
+from .redis_server import new_prefix
+from .redis_server import own_server as own_server
+from .redis_server import proxy as proxy
+from .redis_server import redis_server as redis_server
 from .servers import postgres as postgres
-
-
-class Clock:
-    """A clock that stands still until told to move."""
-
-    def __init__(self, now: float = 1_700_000_000.0) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
 
 
 @pytest.fixture
@@ -41,6 +33,10 @@ def make_cache(kind: str, directory: Path, **options: Any) -> Cache:
         return MemoryCache(**options)
     if kind == "disk":
         return DiskCache(directory / "cache", **options)
+    if kind == "redis":
+        return RedisCache(options.pop("url"), prefix=new_prefix(), **options)
+    if kind == "tiers":
+        return TieredCache(MemoryCache(), make_cache("redis", directory, **options))
     assert kind == "tiered"
     return TieredCache(MemoryCache(**options), DiskCache(directory / "cache", **options))
 
@@ -50,10 +46,13 @@ def check_idle(cache: Cache) -> None:
     assert len(Backend.of(cache).flights) == 0
 
 
-@pytest.fixture(params=["memory", "disk", "tiered"])
+@pytest.fixture(params=["memory", "disk", "tiered", "redis", "tiers"])
 def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cache]:
     """Every cache of this library, checked for leftovers and closed after the test."""
-    made = make_cache(request.param, tmp_path)
+    options = {}
+    if request.param in ("redis", "tiers"):
+        options["url"] = request.getfixturevalue("redis_server").url
+    made = make_cache(request.param, tmp_path, **options)
     yield made
     check_idle(made)
     made.close()

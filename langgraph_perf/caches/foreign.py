@@ -181,7 +181,7 @@ class ForeignCache(TokenCache):
     def _no_tags(self, tags: Sequence[str]) -> None:
         if tags:
             raise NotImplementedError(
-                f"{type(self.inner).__name__} has no tags; use MemoryCache or DiskCache"
+                f"{type(self.inner).__name__} has no tags; use MemoryCache, DiskCache or RedisCache"
             )
 
     def stats(self) -> CacheStats:

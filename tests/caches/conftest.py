@@ -10,9 +10,6 @@ import pytest
 from langgraph_perf.caches.disk import DiskCache
 from langgraph_perf.testing import entry as entry
 from tests.conftest import Clock
-from tests.redis_server import own_server as own_server
-from tests.redis_server import proxy as proxy
-from tests.redis_server import redis_server as redis_server
 
 
 @pytest.fixture
