@@ -50,13 +50,14 @@ def _unknown_scripts(commands: Commands, replies: list[Any]) -> list[int]:
 
 
 class _Job:
-    __slots__ = ("commands", "error", "replies", "woken")
+    __slots__ = ("commands", "error", "leads", "replies", "woken")
 
     def __init__(self, commands: Commands) -> None:
         self.commands = commands
         self.replies: list[Any] | None = None
         self.error: BaseException | None = None
         self.woken: threading.Event | None = None
+        self.leads = False
 
     @property
     def done(self) -> bool:
@@ -92,18 +93,40 @@ class Line:
                 job.woken = threading.Event()
                 self._queue.append(job)
             self._busy = True
-        if job.woken is not None and not job.woken.wait(self._patience):
-            with self._lock:
-                if job in self._queue:
-                    self._queue.remove(job)
-                    raise TimeoutError(f"no answer from Redis within {self._patience} seconds")
-            job.woken.wait()  # somebody is seeing to it, and has a deadline
+        if job.woken is not None:
+            self._follow(job, job.woken)
         if not job.done:
             self._lead(job)
         if job.error is not None:
             raise job.error
         assert job.replies is not None
         return job.replies
+
+    def _follow(self, job: _Job, woken: threading.Event) -> None:
+        """Wait until the job is done or it is its turn to lead."""
+        try:
+            if not woken.wait(self._patience):
+                with self._lock:
+                    if job in self._queue:
+                        raise TimeoutError(f"no answer from Redis within {self._patience} seconds")
+                woken.wait()  # somebody is seeing to it, and has a deadline
+        except BaseException:
+            with self._lock:
+                if job in self._queue:
+                    self._queue.remove(job)
+                next_one = self._next() if job.leads else None
+            if next_one is not None:
+                next_one.set()
+            raise
+
+    def _next(self) -> threading.Event | None:
+        """Under the lock: name the next leader, whose event is then to be set."""
+        if not self._queue:
+            self._busy = False
+            return None
+        following = self._queue.pop(0)
+        following.leads = True
+        return following.woken
 
     def _lead(self, job: _Job) -> None:
         with self._lock:
@@ -118,15 +141,14 @@ class Line:
                 if not job.done:
                     # those who came meanwhile share its fate: they asked the same server
                     batch, self._queue = batch + self._queue, []
-                following = self._queue.pop(0) if self._queue else None
-                self._busy = following is not None
+                next_one = self._next()
             for other in batch:
                 if not other.done:
                     other.error = error
                 if other.woken is not None:
                     other.woken.set()
-            if following is not None and following.woken is not None:
-                following.woken.set()
+            if next_one is not None:
+                next_one.set()
 
     def _carry(self, batch: list[_Job]) -> None:
         commands = [command for job in batch for command in job.commands]

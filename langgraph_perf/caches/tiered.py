@@ -288,8 +288,7 @@ class TieredCache(Cache):
         if current is None or not servable(entry, lookup, current, self.clock()):
             return None
         self._tally.hit()
-        payload, created, expires, deps, seconds, tokens = entry
-        return Entry(payload, created, expires, deps[:-1], seconds, tokens)
+        return entry._replace(deps=entry.deps[:-1])
 
     # -- primitives, blocking ---------------------------------------------------------------------
 

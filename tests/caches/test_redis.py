@@ -17,6 +17,7 @@ import redis.asyncio
 from redis.sentinel import Sentinel
 
 from langgraph_perf import ConfigurationError, MemoryCache, RedisCache, TieredCache
+from langgraph_perf.caches._redis_lines import Line, _Job
 from langgraph_perf.caches._redis_listener import Buffer, Report
 from langgraph_perf.caches.base import Entry, Lookup, tag_id
 from langgraph_perf.testing import KEY, entry
@@ -142,6 +143,11 @@ async def test_clients(redis_server: Server, prefix: str, module: Any, decode: b
         await closed
 
 
+async def test_valkeys_own_scheme(redis_server: Server, prefix: str) -> None:
+    """``valkey://`` is understood too."""
+    await check_both_ways(redis_server.url.replace("redis://", "valkey://"), prefix)
+
+
 async def test_unix_sockets(prefix: str) -> None:
     """A server without a port."""
     with Server() as server:
@@ -242,6 +248,39 @@ def test_scripts_survive_a_server_that_forgot_them(cache: RedisCache, redis_serv
         client.script_flush()
     assert asyncio.run(cache.awrite(KEY, entry(b"3")))
     assert cache.read([Lookup(KEY)]) == [entry(b"3")]
+
+
+def test_a_follower_that_leaves_is_not_waited_for(
+    redis_server: Server, prefix: str, proxy: Proxy
+) -> None:
+    """Who gives up waiting, or is interrupted, while others use the line passes his turn on."""
+    proxy.delay = 0.3
+    with RedisCache(proxy.url, prefix=prefix, timeout=5.0) as cache, ThreadPoolExecutor(3) as pool:
+        line = cache._line
+        assert isinstance(line, Line)
+        leader = pool.submit(cache.read, [Lookup(KEY)])
+        while not line._busy:
+            time.sleep(0.001)
+        line._patience = 0.05
+        with pytest.raises(TimeoutError):
+            cache.read([Lookup(KEY)])
+        line._patience = 10.0
+
+        class Interrupted(threading.Event):
+            def wait(self, timeout: float | None = None) -> bool:
+                super().wait(timeout)
+                raise KeyboardInterrupt
+
+        job = _Job([("PING",)])
+        job.woken = Interrupted()
+        with line._lock:
+            line._queue.append(job)
+        with pytest.raises(KeyboardInterrupt):
+            line._follow(job, job.woken)
+        assert leader.result(10) == [None]
+        proxy.delay = 0.0
+        assert pool.submit(cache.read, [Lookup(KEY)]).result(10) == [None]
+        assert not line._busy
 
 
 def test_a_connection_that_was_closed_meanwhile_is_made_anew(
