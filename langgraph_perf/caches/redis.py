@@ -4,7 +4,7 @@ What a prefix ``lgp`` keeps there (``{}`` are real braces, so that on a cluster 
 lease share a slot; nothing else has to):
 
 =====================  ===========================================================================
-``lgp:1:e:{digest}``   an entry: one string, checksummed; expires with the entry
+``lgp:1:e2:{digest}``  an entry, in version 2 of its format: one string; expires with the entry
 ``lgp:1:l:{digest}``   the lease of the entry's key: its holder's token; expires with the lease
 ``lgp:1:t:{tag id}``   a tag's token; expires when nobody has asked for it in a month
 ``lgp:1:w:{digest}``   a channel: something happened to the entry's lease
@@ -49,11 +49,14 @@ from langgraph_perf.caches.base import (
     timely,
     unpack,
 )
+from langgraph_perf.caches.entry import _MAGIC as MAGIC
 from langgraph_perf.errors import ConfigurationError
 
 T = TypeVar("T")
 Steps = Generator[list[Command], list[Any], T]
 
+_ENTRY = f"e{MAGIC[-1]}"
+"""Versions of this library that store entries differently do not meet, but share their tags."""
 _TOKEN_SECONDS = 30 * 86400
 _AT_ONCE = 64
 """Most keys of one ``MGET``: what is worked off in one go, which an event loop must stand."""
@@ -239,7 +242,7 @@ class RedisCache(TokenCache):
                 tags += [tag for tag in lookup.tags if tag not in tags]
         since = self._mark()
         blobs = yield from self._get(
-            [self._name("e", key_digest(lookup.key).hex()) for lookup in lookups]
+            [self._name(_ENTRY, key_digest(lookup.key).hex()) for lookup in lookups]
             + [self._name("t", tag) for tag in tags]
         )
         entries = yield from self._unpacked(lookups, blobs)
@@ -255,7 +258,7 @@ class RedisCache(TokenCache):
         if self._closed or not lookups:
             return [None] * len(lookups)
         blobs = yield from self._get(
-            [self._name("e", key_digest(lookup.key).hex()) for lookup in lookups]
+            [self._name(_ENTRY, key_digest(lookup.key).hex()) for lookup in lookups]
         )
         return (yield from self._unpacked(lookups, blobs))
 
@@ -287,7 +290,7 @@ class RedisCache(TokenCache):
             (
                 _WRITE,
                 2,
-                self._name("e", digest),
+                self._name(_ENTRY, digest),
                 self._name("l", digest),
                 lease.token if lease is not None else "",
                 milliseconds,
@@ -323,8 +326,8 @@ class RedisCache(TokenCache):
 
     def _delete(self, kind: str, start: str) -> Steps[None]:
         """Delete our keys of this kind whose names begin so; others are left alone."""
-        pattern = f"{self._name(kind, start)[:-1]}*"
-        ours = re.compile(rf"{re.escape(self._name(kind, ''))[:-2]}[0-9a-f]+\}}".encode())
+        pattern = f"{self._root}{kind}*:{{{start}*"
+        ours = re.compile(rf"{re.escape(self._root)}{kind}\d*:\{{[0-9a-f]+\}}".encode())
         names: list[bytes]
         if self._source.cluster is not None:
             names = list(self._source.cluster.scan_iter(match=pattern, count=_SCAN))

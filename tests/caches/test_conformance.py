@@ -129,7 +129,7 @@ class OnRedis(SharedConformance):
 class TestRedis(OnRedis, DamageConformance):
     def damage(self, directory: Path, how: str) -> None:
         with self.server.client() as client:
-            names = list(client.scan_iter(match=f"{self.prefix(directory)}:1:e:*"))
+            names = list(client.scan_iter(match=f"{self.prefix(directory)}:1:e*"))
             for name, blob in zip(names, damaged(client.mget(names), how), strict=True):
                 client.set(name, blob)
 

@@ -402,11 +402,12 @@ def test_neighbours_are_left_alone(cache: RedisCache, redis_server: Server, pref
     others = [
         f"{prefix}",
         f"{prefix}:users",
-        f"{prefix}:1:e:{{mine}}",
-        f"{prefix}:1:e:{{{digest}}}:x",
+        f"{prefix}:1:e2:{{mine}}",
+        f"{prefix}:1:e2:{{{digest}}}:x",
+        f"{prefix}:1:e:x:{{{digest}}}",
         f"{prefix}:1:x:{{{digest}}}",
-        f"{prefix}:2:e:{{{digest}}}",
-        f"x{prefix}:1:e:{{{digest}}}",
+        f"{prefix}:2:e2:{{{digest}}}",
+        f"x{prefix}:1:e2:{{{digest}}}",
     ]
     with redis_server.client() as client:
         for name in others:
@@ -432,7 +433,7 @@ def test_what_is_not_ours_is_neither_served_nor_overwritten(
     """Something else under an entry's own name is a miss, stays, and is counted."""
     assert cache.write(KEY, entry())
     with redis_server.client() as client:
-        (name,) = client.scan_iter(match=f"{cache.prefix}:1:e:*")
+        (name,) = client.scan_iter(match=f"{cache.prefix}:1:e*")
         client.delete(name)
         if kind == "list":
             client.rpush(name, "theirs")
