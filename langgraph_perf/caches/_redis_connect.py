@@ -7,6 +7,7 @@ it makes of them; but they are this cache's own, whatever the client was set to
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,6 @@ _SETTINGS = re.compile(
     r"(host|port|db|path|username|password|client_name|credential_provider|protocol"
     r"|socket_keepalive|socket_keepalive_options|ssl_\w+)$"
 )
-_UNSHARED = ("ssl_password", "ssl_validate_ocsp", "ssl_validate_ocsp_stapled")
 
 
 class Source:
@@ -95,19 +95,21 @@ class Source:
         self.connect = self._maker(pool.connection_class, pool.connection_kwargs, Retry)
         # of Sentinel's and other special connections there is no awaiting twin
         twin = _PLAIN.get(pool.connection_class)
-        if twin is not None:
-            self.aconnect = self._maker(twin, _common(pool.connection_kwargs), AsyncRetry)
+        settings = _common(pool.connection_kwargs, twin) if twin is not None else None
+        if settings is not None:
+            self.aconnect = self._maker(twin, settings, AsyncRetry)
 
     def _from_async_client(self, client: Any) -> None:
         pool = client.connection_pool
         twin = {b: a for a, b in _PLAIN.items()}.get(pool.connection_class)
-        if twin is None:
+        settings = _common(pool.connection_kwargs, twin) if twin is not None else None
+        if settings is None:
             raise ConfigurationError(
                 f"url_or_client: got an async client with {pool.connection_class.__name__}, which "
                 "has no blocking counterpart for sync graphs; accepted: the sync client of the "
                 "same server (redis.sentinel.Sentinel(...).master_for(name), say)"
             )
-        self.connect = self._maker(twin, _common(pool.connection_kwargs), Retry)
+        self.connect = self._maker(twin, settings, Retry)
         self.aconnect = self._maker(pool.connection_class, pool.connection_kwargs, AsyncRetry)
 
     def _maker(self, kind: Any, settings: dict[str, Any], retry: Any) -> Callable[[], Any]:
@@ -125,12 +127,18 @@ class Source:
         return make
 
 
-def _common(settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in settings.items()
-        if _SETTINGS.match(name) and (name not in _UNSHARED or value)
-    }
+def _common(settings: dict[str, Any], twin: Any) -> dict[str, Any] | None:
+    """Those of ``settings`` that are the same for ``twin``; ``None`` if that would change what they
+    ask of TLS."""
+    known = inspect.signature(twin).parameters
+    shared: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name.startswith("ssl_") and name not in known:
+            if value:
+                return None
+        elif _SETTINGS.match(name):
+            shared[name] = value
+    return shared
 
 
 def _redacted(url: str) -> str:

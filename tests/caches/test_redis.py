@@ -17,6 +17,7 @@ import redis.asyncio
 from redis.sentinel import Sentinel
 
 from langgraph_perf import ConfigurationError, MemoryCache, RedisCache, TieredCache
+from langgraph_perf.caches._redis_connect import Source
 from langgraph_perf.caches._redis_lines import Line, _Job
 from langgraph_perf.caches._redis_listener import Buffer, Report
 from langgraph_perf.caches.base import Entry, Lookup, tag_id
@@ -141,6 +142,30 @@ async def test_clients(redis_server: Server, prefix: str, module: Any, decode: b
     closed = client.aclose() if module is redis.asyncio else client.close()
     if module is redis.asyncio:
         await closed
+
+
+@pytest.mark.parametrize("module", [redis, redis.asyncio])
+def test_tls_settings_reach_both_kinds_of_connections(module: Any) -> None:
+    """Certificates, password and database of a client hold for what blocks and what awaits."""
+    client = module.Redis(
+        host="example.org",
+        port=7,
+        db=3,
+        username="u",
+        password="p",
+        ssl=True,
+        ssl_ca_certs="ca.pem",
+    )
+    source = Source(client, 1.5, 2.5)
+    assert source.connect is not None
+    assert source.aconnect is not None
+    for connection in (source.connect(), source.aconnect()):
+        assert type(connection).__name__ == "SSLConnection"
+        assert (connection.host, connection.port, connection.db) == ("example.org", 7, 3)
+        assert (connection.username, connection.password) == ("u", "p")
+        assert "ca.pem" in str([vars(connection), vars(getattr(connection, "ssl_context", source))])
+        assert connection.socket_timeout == 1.5
+        assert connection.socket_connect_timeout == 2.5
 
 
 async def test_valkeys_own_scheme(redis_server: Server, prefix: str) -> None:
