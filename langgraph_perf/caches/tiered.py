@@ -384,6 +384,10 @@ class TieredCache(Cache):
 
     async def aread(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
         """Like ``read``, without blocking the event loop."""
+        if len(lookups) == 1:
+            entry = self.read_now(lookups[0])
+            if entry is not None:
+                return [entry]
         return await _acarry_out(self._reading(lookups))
 
     async def awrite(self, key: FullKey, entry: Entry, lease: Lease | None = None) -> bool:

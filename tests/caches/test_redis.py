@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import operator
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any
 
+import langgraph.graph
+import langgraph.types
 import pytest
 import redis
 import redis.asyncio
+from langgraph.graph import END, START
+from langgraph.types import Send
 from redis.sentinel import Sentinel
+from typing_extensions import TypedDict
 
-from langgraph_perf import ConfigurationError, MemoryCache, RedisCache, TieredCache
+from langgraph_perf import (
+    CachePolicy,
+    ConfigurationError,
+    MemoryCache,
+    RedisCache,
+    StateGraph,
+    TieredCache,
+)
 from langgraph_perf.caches._redis_connect import Source
 from langgraph_perf.caches._redis_lines import Line, _Job
 from langgraph_perf.caches._redis_listener import Buffer, Report
@@ -393,6 +406,56 @@ async def test_the_loop_goes_on_while_much_is_read(cache: RedisCache) -> None:
     assert turns - before >= 2 * 15
 
 
+class State(TypedDict, total=False):
+    query: str
+    numbers: Annotated[list[int], operator.add]
+
+
+def fan_out(cache: Any) -> Any:
+    """A graph whose superstep has 256 cached tasks."""
+
+    async def work(state: Any) -> State:
+        return {"numbers": [state["number"]]}
+
+    builder = StateGraph(State)
+    builder.add_node("work", work, cache_policy=CachePolicy(version=1, tags=["docs"]))
+    builder.add_conditional_edges(
+        START, lambda state: [Send("work", {"number": number}) for number in range(256)]
+    )
+    return builder.add_edge("work", END).compile(cache=cache)
+
+
+async def test_a_fan_out_costs_a_few_round_trips(cache: RedisCache) -> None:
+    """256 distinct hits of one superstep are looked up in at most 8 round trips."""
+    graph = fan_out(cache)
+    await graph.ainvoke({"query": "q"})
+    before = cache.round_trips
+    answer = await graph.ainvoke({"query": "q"})
+    assert sorted(answer["numbers"]) == list(range(256))
+    assert graph.perf.stats().nodes["work"].hits == 256
+    assert cache.round_trips - before <= 8
+
+
+async def test_plain_langgraph_graphs(cache: RedisCache) -> None:
+    """LangGraph's own graphs and policies are served, sync and async."""
+    runs: list[str] = []
+
+    def node(state: State) -> State:
+        runs.append(state["query"])
+        return {"numbers": [len(runs)]}
+
+    builder = langgraph.graph.StateGraph(State)
+    builder.add_node("node", node, cache_policy=langgraph.types.CachePolicy(ttl=60))
+    graph = builder.add_edge(START, "node").compile(cache=cache)
+    assert await asyncio.to_thread(graph.invoke, {"query": "q"}) == await graph.ainvoke(
+        {"query": "q"}
+    )
+    assert runs == ["q"]
+    await graph.aclear_cache()
+    await graph.ainvoke({"query": "q"})
+    assert runs == ["q", "q"]
+
+
 # -- whose keys it touches ------------------------------------------------------------------------
 
 
@@ -559,6 +622,27 @@ def test_known_tokens_are_forgotten(
             while tiers.read([Lookup(KEY)]) != [None]:
                 assert time.monotonic() < deadline
         assert tiers.read([Lookup(KEY)]) == [None]
+
+
+def test_a_server_that_tells_nothing(own_server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Where tracking and channels are forbidden, tiers ask, waiting polls, and nothing fails."""
+    with own_server.client() as client:
+        client.execute_command(
+            "ACL SETUSER limited on >pw ~* +@all -client|tracking -subscribe -publish -pubsub"
+        )
+    url = f"redis://limited:pw@127.0.0.1:{own_server.port}/0"
+    with RedisCache(url) as other, TieredCache(MemoryCache(), RedisCache(url)) as tiers:
+        for turn in range(3):
+            store(tiers, str(turn).encode())
+            for _ in range(3):
+                assert tiers.read([Lookup(KEY)])[0] is not None
+            other.invalidate("docs")
+            assert tiers.read([Lookup(KEY)]) == [None]
+        lease = other.acquire(KEY)
+        tiers.pause(KEY, 1.0)
+        other.write(KEY, entry(b"done"), lease)
+        assert other.read([Lookup(KEY)]) == [entry(b"done")]
+    assert caplog.text.count("Redis tells nothing unasked") == 1
 
 
 def test_own_invalidations_count_at_once(tiers: TieredCache) -> None:
