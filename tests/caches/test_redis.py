@@ -625,11 +625,9 @@ def test_known_tokens_are_forgotten(
 
 
 def test_a_server_that_tells_nothing(own_server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    """Where tracking and channels are forbidden, tiers ask, waiting polls, and nothing fails."""
+    """Where channels are forbidden, tiers ask, waiting polls, and nothing fails."""
     with own_server.client() as client:
-        client.execute_command(
-            "ACL SETUSER limited on >pw ~* +@all -client|tracking -subscribe -publish -pubsub"
-        )
+        client.execute_command("ACL SETUSER limited on >pw ~* +@all -subscribe -publish -pubsub")
     url = f"redis://limited:pw@127.0.0.1:{own_server.port}/0"
     with RedisCache(url) as other, TieredCache(MemoryCache(), RedisCache(url)) as tiers:
         for turn in range(3):
