@@ -11,9 +11,14 @@ from contextlib import (
     contextmanager,
     nullcontext,
 )
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.callbacks import (
+    AsyncCallbackManager,
+    BaseCallbackHandler,
+    CallbackManager,
+)
 from langchain_core.callbacks.base import BaseCallbackManager
 from langchain_core.outputs import LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -29,9 +34,10 @@ from langgraph._internal._constants import (
 
 from langgraph_perf import replay
 from langgraph_perf._binding import BINDING, Binding
-from langgraph_perf._call import Call, Ran, load
-from langgraph_perf._drive import Caller
+from langgraph_perf._call import Call, Ran, gatherings, load, revalidation
+from langgraph_perf._drive import Caller, adrive, drive
 from langgraph_perf._flight import held_flights
+from langgraph_perf._freshness import Freshness
 from langgraph_perf._identity import NodeSpec, Uncached, call_key, call_tags
 from langgraph_perf._watch import Watch, current_config
 from langgraph_perf.caches.base import Entry
@@ -122,6 +128,8 @@ class Attempt:
     def looked_up(self, entry: Entry | None) -> Ran | None:
         """What a first look at the cache makes of it."""
         assert self.call is not None
+        if entry is not None and self.call.state(entry) != "fresh":
+            return None  # that takes more than a look
         found = None if entry is None else load(self.call, entry, "hit")
         if found is None:
             self.call.looked = True
@@ -159,6 +167,17 @@ class Attempt:
                 f"its policy has tags, which {type(backend.cache).__name__} cannot invalidate",
             )
         state, allowed = self.input, spec.allowed
+        freshness: Freshness | None = None
+        max_age = shortest(policy.ttl, control.ttl)  # type: ignore[arg-type]
+        if policy.stale_while_revalidate or policy.stale_if_error:
+            freshness = Freshness(
+                policy.ttl,  # type: ignore[arg-type]
+                policy.stale_while_revalidate or 0.0,  # type: ignore[arg-type]
+                policy.stale_if_error or 0.0,  # type: ignore[arg-type]
+                None if spec.has_subgraph else lambda is_async: self._revalidate(call, is_async),
+            )
+            # what a run itself asks for is a limit for stale results as well
+            max_age = shortest(freshness.ttl + freshness.grace, control.ttl)  # type: ignore[arg-type]
         call = Call(
             name=spec.name,
             backend=backend,
@@ -167,7 +186,7 @@ class Attempt:
             tags=tags,
             mode=control.mode,
             # the policy's ttl too: it may have become shorter since the entry was stored
-            max_age=shortest(policy.ttl, control.ttl),  # type: ignore[arg-type]
+            max_age=max_age,
             ttl=shortest(policy.ttl, control.ttl),  # type: ignore[arg-type]
             jitter=policy.jitter,
             load=lambda payload: replay.unpack_result(payload, state, allowed),
@@ -175,10 +194,65 @@ class Attempt:
             refuse=self._refuse,
             spent=self._spent,
             on_hit=lambda entry: mark_trace(self.config, entry, digest, backend.cache.clock()),
+            freshness=freshness,
             held=held_flights.get(),
         )
         heartbeat = getattr(runtime, "heartbeat", _no_heartbeat)
         return call, Caller(heartbeat, binding.blocked_loop, not self.node.spec.native_async)
+
+    # -- in the background ------------------------------------------------------------------------
+
+    def _revalidate(self, call: Call, is_async: bool) -> None:
+        """Run the node once more, in the background, for those who ask next."""
+        binding: Binding = self.config["configurable"][BINDING]
+        manager = AsyncCallbackManager([]) if is_async else CallbackManager([])
+        attempt = Attempt(self.node, self.input, _detached(self.config, manager), {})
+        refresh = replace(
+            call,
+            mode="refresh",
+            refuse=lambda value: attempt._refuse(value) or self._changed(call),
+            spent=attempt._spent,
+            on_hit=lambda entry: None,
+            held=(),
+            suspects=[],
+        )
+        if is_async:
+            binding.refreshes.start_task(call.key, lambda: attempt._arefresh(refresh))
+        else:
+            binding.refreshes.start(call.key, lambda: attempt._refresh(refresh))
+
+    def _changed(self, call: Call) -> str | None:
+        """Whether the input, which the graph has gone on with, is no more what the key says."""
+        conf = self.config["configurable"]
+        spec, binding = self.node.spec, conf[BINDING]
+        assert spec.policy is not None
+        scope = narrowest_scope(spec.policy.scope, binding.control.for_node(spec.name).scope)
+        runtime = conf.get(CONFIG_KEY_RUNTIME)
+        try:
+            digest = call_key(spec, scope, self.input, call.tags, runtime, conf, binding)
+        except (Uncached, ConfigurationError):
+            return "input_changed"
+        return None if digest == call.key[1] else "input_changed"
+
+    def _refresh(self, call: Call) -> None:
+        _on_its_own()
+        try:
+            drive(call, self.invoke, _NOBODY, revalidation)
+        except Exception as exc:
+            self._failed(exc)
+
+    async def _arefresh(self, call: Call) -> None:
+        _on_its_own()
+        try:
+            await adrive(call, self.ainvoke, _NOBODY, revalidation)
+        except Exception as exc:
+            self._failed(exc)
+
+    def _failed(self, error: Exception) -> None:
+        self.node.spec.counters.refused("refresh_failed")
+        self.node.spec.warn(
+            f"a stale result could not be computed again: {type(error).__name__}: {error}"
+        )
 
     # -- the body ---------------------------------------------------------------------------------
 
@@ -309,6 +383,35 @@ class Attempt:
 
     def _spent(self, value: Any) -> int:
         return (self._usage.tokens if self._usage else 0) or replay.spent_tokens(value)
+
+
+def _on_its_own() -> None:
+    """What runs from here on is not part of the call that started it."""
+    held_flights.set(())
+    gatherings.set(())
+
+
+def _silent(_: Any) -> None: ...
+
+
+def _detached(config: RunnableConfig, manager: BaseCallbackManager) -> RunnableConfig:
+    """The config of a node without what ties it to its run: streams, checkpoints, callbacks."""
+    conf = config["configurable"]
+    own = {
+        name: value
+        for name, value in conf.items()
+        if not name.startswith("__pregel_") and name not in _POSITION
+    }
+    own[BINDING] = conf[BINDING]
+    runtime = conf.get(CONFIG_KEY_RUNTIME)
+    if runtime is not None:
+        own[CONFIG_KEY_RUNTIME] = runtime.override(
+            stream_writer=_silent, heartbeat=_no_heartbeat, control=None
+        )
+    return {**config, "callbacks": manager, "configurable": own}
+
+
+_POSITION = ("checkpoint_id", "checkpoint_map", "checkpoint_ns")
 
 
 class _Usage(BaseCallbackHandler):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.runnables.config import var_child_runnable_config
 
 from langgraph_perf._backend import Backend
+from langgraph_perf._refresh import Refreshes
 from langgraph_perf.policy import CacheControl
 from langgraph_perf.stats import ItemCounters
 
@@ -60,6 +61,7 @@ class Binding:
     Attributes:
         backend: where results are kept; ``None`` where nothing may be.
         items: counters for ``get_cache``, of the outermost graph.
+        refreshes: what runs in the background, of the outermost graph.
         resources: what nodes can lease; ``None`` where there is nothing.
         control: what the caller asks of the cache.
         configurable: the user's own part of ``configurable``.
@@ -74,6 +76,7 @@ class Binding:
         "control",
         "items",
         "raw_control",
+        "refreshes",
         "resources",
         "run_id",
     )
@@ -82,6 +85,7 @@ class Binding:
         self,
         backend: Backend | None,
         items: ItemCounters,
+        refreshes: Refreshes,
         resources: Registry | None,
         control: CacheControl,
         raw_control: Any,
@@ -91,6 +95,7 @@ class Binding:
     ) -> None:
         self.backend = backend
         self.items = items
+        self.refreshes = refreshes
         self.resources = resources
         self.control = control
         self.raw_control = raw_control
@@ -114,6 +119,7 @@ def ambient() -> Mapping[str, Any]:
 def make_binding(
     backend: Backend | None,
     items: ItemCounters,
+    refreshes: Refreshes,
     resources: Registry | None,
     parent: Binding | None,
     configurable: Mapping[str, Any],
@@ -125,6 +131,7 @@ def make_binding(
     Args:
         backend: the graph's own; a graph without one uses its parent's.
         items: the graph's own counters for ``get_cache``; within a parent, the parent's count.
+        refreshes: the graph's own; within a parent, the parent's.
         resources: the graph's own; they come before those of its parent.
         parent: the binding of the run that this one is part of.
         configurable: what the run's nodes will see.
@@ -140,14 +147,14 @@ def make_binding(
     else:
         control = parent.control if raw is parent.raw_control else CacheControl.of(raw)
         run_id, items, backend = parent.run_id, parent.items, backend or parent.backend
+        refreshes = parent.refreshes
         blocked = blocked or parent.blocked_loop
         if resources is None:
             resources = parent.resources
         elif parent.resources is not None:
             resources = type(resources)({**parent.resources, **resources})
-    return Binding(
-        backend, items, resources, control, raw, users_part(configurable), run_id, blocked
-    )
+    users = users_part(configurable)
+    return Binding(backend, items, refreshes, resources, control, raw, users, run_id, blocked)
 
 
 def users_part(configurable: Mapping[str, Any]) -> dict[str, Any]:

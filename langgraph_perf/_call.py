@@ -19,9 +19,11 @@ from typing import Any, Literal
 from langgraph.cache.base import FullKey
 from langgraph.errors import GraphBubbleUp
 
+from langgraph_perf import _freshness
 from langgraph_perf._backend import Backend
 from langgraph_perf._flight import Disperse, Flight, Landed, TakeOver, Waiter
-from langgraph_perf.caches.base import Entry, Lease, Lookup
+from langgraph_perf._freshness import Freshness, State
+from langgraph_perf.caches.base import Entry, Lease, Lookup, timely
 from langgraph_perf.codec import DecodeError, EncodeError
 from langgraph_perf.errors import CacheMiss
 from langgraph_perf.policy import Mode
@@ -82,6 +84,7 @@ class Call:
         refuse: why the value must not be stored, or ``None``.
         spent: language-model tokens the value's computation took.
         on_hit: told of the entry that answers the call.
+        freshness: what may be served past its ``ttl``; ``None``: nothing.
         held: the flights that the call is part of; such a call never waits for other processes.
         suspects: flights that the call may be part of without knowing; its own joins them.
         looked: whether the caller has looked the key up, in vain, a moment ago.
@@ -103,6 +106,7 @@ class Call:
     spent: Callable[[Any], int]
     on_hit: Callable[[Entry], None]
     held: tuple[Flight, ...]
+    freshness: Freshness | None = None
     suspects: list[Flight] = field(default_factory=list)
     looked: bool = False
     unreadable: bool = False
@@ -112,12 +116,30 @@ class Call:
         """What to look for."""
         return Lookup(self.key, self.tags, self.max_age)
 
+    @property
+    def grace(self) -> float:
+        """How many seconds past its ``ttl`` a result may be of use."""
+        return 0.0 if self.freshness is None else self.freshness.grace
+
+    def state(self, entry: Entry) -> State:
+        """What ``entry`` is good for."""
+        if self.freshness is None and not entry.grace:
+            return "fresh"
+        return _freshness.state(self.freshness, entry, self.backend.cache.clock())
+
 
 @dataclass(slots=True)
 class Read:
     """Look an entry up → ``Entry | None``."""
 
     lookup: Lookup
+
+
+@dataclass(slots=True)
+class Revalidate:
+    """See to it that the body runs again, in the background."""
+
+    run: Callable[[bool], None]
 
 
 @dataclass(slots=True)
@@ -204,7 +226,7 @@ class Raised:
     error: BaseException
 
 
-Step = Read | Tokens | Join | Wait | Acquire | Pause | Run | Write | Release
+Step = Read | Revalidate | Tokens | Join | Wait | Acquire | Pause | Run | Write | Release
 Done = Ran | Raised
 Steps = Generator[Step, Any, Done]
 Verdict = Entry | Literal["disperse", "abandon"]
@@ -242,10 +264,24 @@ def _stored(call: Call, how: Literal["hit", "coalesced"]) -> Generator[Step, Any
     if call.unreadable:
         return None
     entry: Entry | None = yield Read(call.lookup)
-    return None if entry is None else load(call, entry, how)
+    if entry is None:
+        return None
+    state = call.state(entry)
+    if state == "fresh":
+        return load(call, entry, how)
+    freshness = call.freshness
+    if state != "revalidate" or freshness is None or freshness.revalidate is None:
+        return None
+    served = load(call, entry, "stale")
+    if served is not None and call.mode != "only":
+        yield Revalidate(freshness.revalidate)
+    return served
 
 
-def load(call: Call, entry: Entry, how: Literal["hit", "coalesced"]) -> Ran | None:
+How = Literal["hit", "stale", "coalesced"]
+
+
+def load(call: Call, entry: Entry, how: How) -> Ran | None:
     """Answer ``call`` with ``entry``, and count it; ``None`` if it cannot be read back."""
     try:
         value = call.load(entry.payload)
@@ -257,6 +293,8 @@ def load(call: Call, entry: Entry, how: Literal["hit", "coalesced"]) -> Ran | No
     depends(call.backend, entry.deps)
     if how == "hit":
         call.counters.hit(entry.seconds, entry.tokens)
+    elif how == "stale":
+        call.counters.stale_hit(entry.seconds, entry.tokens)
     else:
         call.counters.coalesced(entry.seconds, entry.tokens)
     call.on_hit(entry)
@@ -290,14 +328,17 @@ def _follow(
             return "alone"
         if current != tuple(token for _, token in entry.deps):
             return "again"
-    return load(call, entry, "coalesced") or "alone"
+    state = call.state(entry)
+    if state == "over" or not timely(entry, call.lookup, call.backend.cache.clock()):
+        return "alone"  # the leader takes older results than this call does
+    return load(call, entry, "coalesced" if state == "fresh" else "stale") or "alone"
 
 
 def _lead(call: Call, flight: Flight | None, *, took_over: bool = False) -> Steps:
     """Compute as the leader of ``flight``, which ends here, once and whatever happens."""
     if flight is None:
         done, _ = yield from _compute(call, None, None)
-        return done
+        return (yield from _or_stale(call, done)) or done
     verdict: Verdict = "abandon"
     try:
         if not took_over:
@@ -315,15 +356,72 @@ def _lead(call: Call, flight: Flight | None, *, took_over: bool = False) -> Step
                 return taken
             lease = taken
         done, verdict = yield from _compute(call, flight, lease)
+        stale = yield from _or_stale(call, done)
+        if stale is not None:
+            verdict = stale.entry or verdict
+            return stale
         return done
     finally:
-        flights = call.backend.flights
-        if isinstance(verdict, Entry):
-            flights.landed(flight, verdict)
-        elif verdict == "disperse":
-            flights.disperse(flight)
-        else:
-            flights.abandoned(flight)
+        _end(call, flight, verdict)
+
+
+def _end(call: Call, flight: Flight, verdict: Verdict) -> None:
+    flights = call.backend.flights
+    if isinstance(verdict, Entry):
+        flights.landed(flight, verdict)
+    elif verdict == "disperse":
+        flights.disperse(flight)
+    else:
+        flights.abandoned(flight)
+
+
+def _or_stale(call: Call, done: Done) -> Generator[Step, Any, Ran | None]:
+    """What may be served in the place of an error."""
+    if not (isinstance(done, Raised) and call.freshness and call.freshness.if_error):
+        return None
+    # questions to humans, commands to parents and cancellation are no failures
+    if isinstance(done.error, GraphBubbleUp) or not isinstance(done.error, Exception):
+        return None
+    entry: Entry | None = yield Read(call.lookup)
+    if entry is None or call.state(entry) == "over":
+        return None
+    logger.warning(
+        "%s: a stale result is served because running it failed: %r", call.name, done.error
+    )
+    return load(call, entry, "stale")
+
+
+def revalidation(call: Call) -> Steps:
+    """The steps of one run in the background, unless somebody else is at it already."""
+    flights = call.backend.flights
+    flight, waiter = yield Join(call.key)
+    if flight is None or waiter is not None:
+        if waiter is not None:
+            flights.left(flight, waiter)
+        return Ran(None)
+    verdict: Verdict = "abandon"
+    try:
+        lease: Lease | None = None
+        if call.backend.cache.shared:
+            taken = yield Acquire(call.key)
+            if taken == "busy":
+                return Ran(None)
+            lease = None if taken == "failed" else taken
+        entry: Entry | None = None
+        try:
+            entry = yield Read(call.lookup)
+            if entry is not None and call.state(entry) != "fresh":
+                entry = None
+        finally:
+            if lease is not None and (entry is not None or sys.exc_info()[0] is not None):
+                yield Release(lease)
+        if entry is not None:
+            verdict = entry
+            return Ran(None)
+        done, verdict = yield from _compute(call, flight, lease)
+        return done
+    finally:
+        _end(call, flight, verdict)
 
 
 def _lease(call: Call) -> Generator[Step, Any, Lease | Ran | None]:
@@ -408,5 +506,5 @@ def _entry(
     expires = None
     if call.ttl is not None:
         # earlier, never later: ``ttl`` is the longest a result may be served
-        expires = created + call.ttl * (1 - call.jitter * random.random())
-    return Entry(payload, created, expires, deps or (), ran.seconds, spent)
+        expires = created + call.ttl * (1 - call.jitter * random.random()) + call.grace
+    return Entry(payload, created, expires, deps or (), ran.seconds, spent, call.grace)

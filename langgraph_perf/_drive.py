@@ -18,8 +18,10 @@ from langgraph_perf._call import (
     Ran,
     Read,
     Release,
+    Revalidate,
     Run,
     Step,
+    Steps,
     Tokens,
     Wait,
     Write,
@@ -43,7 +45,12 @@ class Caller(NamedTuple):
     uses_executor: bool = False
 
 
-def drive(call: Call, body: Callable[[], Ran], caller: Caller) -> Any:
+def drive(
+    call: Call,
+    body: Callable[[], Ran],
+    caller: Caller,
+    steps: Callable[[Call], Steps] = steps,
+) -> Any:
     """Make the call in this thread; returns its value or raises what the body raised."""
     machine = steps(call)
     try:
@@ -83,6 +90,8 @@ def _perform(step: Step, call: Call, body: Callable[[], Ran], caller: Caller) ->
         return step.waiter.wait(caller.heartbeat)
     if type(step) is Tokens:
         return backend.tokens(step.tags)
+    if type(step) is Revalidate:
+        return step.run(False)
     if type(step) is Write:
         return backend.write(step.key, step.entry, step.lease)
     if type(step) is Acquire:
@@ -94,7 +103,12 @@ def _perform(step: Step, call: Call, body: Callable[[], Ran], caller: Caller) ->
     return backend.release(step.lease)
 
 
-async def adrive(call: Call, body: Callable[[], Awaitable[Ran]], caller: Caller) -> Any:
+async def adrive(
+    call: Call,
+    body: Callable[[], Awaitable[Ran]],
+    caller: Caller,
+    steps: Callable[[Call], Steps] = steps,
+) -> Any:
     """Make the call in this task; returns its value or raises what the body raised."""
     machine = steps(call)
     try:
@@ -137,6 +151,8 @@ async def _aperform(
         return await step.waiter.wait(caller.heartbeat)
     if type(step) is Tokens:
         return await backend.atokens(step.tags)
+    if type(step) is Revalidate:
+        return step.run(True)
     if type(step) is Write:
         return await backend.awrite(step.key, step.entry, step.lease)
     if type(step) is Acquire:

@@ -185,6 +185,11 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
             spec.native_async = _runnable_has_native_async(node.bound)
             if policy is not None:
                 self._check_policy(name, policy)
+                if policy.stale_while_revalidate and spec.has_subgraph:
+                    spec.warn(
+                        "stale_while_revalidate has no effect: the node contains a graph, which "
+                        "must not write to the thread's checkpoints from the background"
+                    )
                 spec.code = self._code_of(node.bound, policy, spec)
             node.cache_policy = None  # LangGraph must not cache it once more
             # What a task runs is ``node.node``, which LangGraph derives once from the bound
@@ -314,7 +319,13 @@ class CompiledGraph(
             # LangGraph's error for a forgotten thread_id looks for an empty configurable
             return config
         binding = make_binding(
-            perf.backend, perf.items, perf.registry, parent, merged, blocking=blocking
+            perf.backend,
+            perf.items,
+            perf.refreshes,
+            perf.registry,
+            parent,
+            merged,
+            blocking=blocking,
         )
         if parent is None and binding.control.nodes:
             perf.check_control(binding.control)

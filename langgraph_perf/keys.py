@@ -2,8 +2,8 @@
 
 Equal values give equal digests in every process; unequal ones differ, by type as well as by value;
 what cannot be keyed raises ``Unkeyable`` with the path to it, and is never guessed at. Messages
-count by content, see ``_message_rows``. The hash is BLAKE2b with 160 bits, so nobody can make two
-inputs share a key.
+count by content, see ``_message_rows``. The hashes are BLAKE2b, of 160 bits, and SHA-256, so
+nobody can make two inputs share a key.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from langgraph.cache.base import BaseCache
 from langgraph_perf._backend import Backend
 from langgraph_perf._binding import CONTROL
 from langgraph_perf._identity import NodeSpec
+from langgraph_perf._refresh import Refreshes
 from langgraph_perf.caches.base import Cache
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.policy import CacheControl
@@ -37,6 +38,7 @@ class Perf:
         self.registry = registry
         self.specs: dict[str, NodeSpec] = {}
         self.items = ItemCounters()
+        self.refreshes = Refreshes()
         self.backend: Backend | None = None
         if cache is not None:
             if not isinstance(cache, Cache):
@@ -89,15 +91,18 @@ class Perf:
                 self.registry = before
 
     def close(self) -> None:
-        """Close the graph's resources: what is idle now, what is leased when it comes back.
+        """End what runs in the background, and close the graph's resources: what is idle now, what
+        is leased when it comes back.
 
         The cache, which other graphs may share, is its maker's to close.
         """
+        self.refreshes.close()
         if self.registry is not None:
             self.registry.close()
 
     async def aclose(self) -> None:
         """Like ``close``, without blocking the event loop."""
+        await self.refreshes.aclose()
         if self.registry is not None:
             await self.registry.aclose()
 

@@ -39,6 +39,11 @@ class CachePolicy:
         ttl: how long a result may be served, in seconds or as a ``timedelta``; ``None``: for ever.
         jitter: fraction (0 to 1) of ``ttl`` by which expiry is spread at random, so that results
             stored together do not all expire together.
+        stale_while_revalidate: how long past its ``ttl`` a result may still be served, in seconds
+            or as a ``timedelta``, while the node runs again in the background; ``None``: not at
+            all.
+        stale_if_error: how long past its ``ttl`` a result may be served when the node, run again,
+            raises; ``None``: not at all.
         tags: names the result depends on, for ``cache.invalidate(tag)``. Strings whose ``{field}``
             is filled from the node's input, or one callable that returns such names.
         version: replaces the automatic fingerprint of the node's code.
@@ -53,6 +58,8 @@ class CachePolicy:
     scope: Scope = "global"
     ttl: float | timedelta | None = None
     jitter: float = 0.0
+    stale_while_revalidate: float | timedelta | None = None
+    stale_if_error: float | timedelta | None = None
     tags: Sequence[str] | Callable[[Any], Sequence[str]] = ()
     version: str | int | None = None
     when: Callable[[Any], bool] | None = None
@@ -83,6 +90,14 @@ class CachePolicy:
             raise ConfigurationError(
                 f"CachePolicy.jitter: got {self.jitter!r}; accepted: a fraction from 0 to 1"
             )
+        for name in ("stale_while_revalidate", "stale_if_error"):
+            limit = seconds(f"CachePolicy.{name}", getattr(self, name))
+            if limit is not None and self.ttl is None:
+                raise ConfigurationError(
+                    f"CachePolicy.{name}: got {limit!r} without a ttl, and what never expires is "
+                    "never stale; accepted: ttl= besides, or None"
+                )
+            object.__setattr__(self, name, limit)
         if not callable(self.tags):
             tags = _names("CachePolicy.tags", self.tags, "strings or a callable")
             for tag in tags:

@@ -21,7 +21,7 @@ class NodeStats:
 
     Attributes:
         hits: calls answered from the cache.
-        stale_hits: those of the hits that were served past their ``ttl``.
+        stale_hits: calls answered by a result past its ``ttl``; they are not among the hits.
         misses: calls for which the node had to run.
         coalesced: calls answered by a run of the same key that was already under way.
         runs: how often the node's body ran, cached or not.
@@ -68,7 +68,7 @@ class NodeCounters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._hits = self._misses = self._coalesced = self._runs = 0
+        self._hits = self._stale_hits = self._misses = self._coalesced = self._runs = 0
         self._refusals: Counter[str] = Counter()
         self._seconds_saved = self._seconds_spent = 0.0
         self._tokens_saved = self._tokens_spent = 0
@@ -77,6 +77,13 @@ class NodeCounters:
         """A call was answered by a stored result that had taken ``seconds`` and ``tokens``."""
         with self._lock:
             self._hits += 1
+            self._seconds_saved += seconds
+            self._tokens_saved += tokens
+
+    def stale_hit(self, seconds: float, tokens: int) -> None:
+        """A call was answered by a result past its ``ttl``."""
+        with self._lock:
+            self._stale_hits += 1
             self._seconds_saved += seconds
             self._tokens_saved += tokens
 
@@ -111,6 +118,7 @@ class NodeCounters:
         with self._lock:
             return NodeStats(
                 hits=self._hits,
+                stale_hits=self._stale_hits,
                 misses=self._misses,
                 coalesced=self._coalesced,
                 runs=self._runs,

@@ -37,6 +37,8 @@ class Entry(NamedTuple):
         deps: ``(tag id, token)`` pairs taken before the computation began.
         seconds: how long the computation took, which is what a hit saves.
         tokens: language-model tokens the computation spent.
+        grace: the last seconds before ``expires``, in which it is stale: past its ``ttl``, and
+            only for those who take stale results.
     """
 
     payload: bytes
@@ -45,6 +47,7 @@ class Entry(NamedTuple):
     deps: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
     tokens: int = 0
+    grace: float = 0.0
 
 
 class Lookup(NamedTuple):
@@ -156,7 +159,7 @@ def servable(entry: Entry, lookup: Lookup, current: Mapping[str, str], now: floa
 
 # -- entries at rest ----------------------------------------------------------------------------
 
-_MAGIC = b"LGP\x01"
+_MAGIC = b"LGP\x02"
 """What it is and, in the last byte, the version of this format."""
 _SUM = len(_MAGIC)
 _META = _SUM + 16
@@ -181,7 +184,9 @@ def seal(
     foreign. With a ``serde`` the body is what it makes of metadata, key and payload together:
     where it encrypts, it hides all of them, and where it authenticates, it binds them together.
     """
-    meta = ormsgpack.packb((entry.created, entry.expires, entry.seconds, entry.tokens, entry.deps))
+    meta = ormsgpack.packb(
+        (entry.created, entry.expires, entry.seconds, entry.tokens, entry.deps, entry.grace)
+    )
     body = entry.payload
     if serde is not None:
         encoding, body = serde.dumps_typed(
@@ -210,7 +215,7 @@ def unseal(
         fields = ormsgpack.unpackb(meta)
         if serde is not None:
             fields, body = _unlock(digest, fields, body, serde)
-        created, expires, seconds, tokens, deps = fields
+        created, expires, seconds, tokens, deps, grace = fields
         return Entry(
             body,
             created + 0,
@@ -218,6 +223,7 @@ def unseal(
             tuple([(str(tag), str(token)) for tag, token in deps]) if deps else (),
             seconds + 0,
             tokens + 0,
+            grace + 0,
         )
     except DamagedEntry:
         raise

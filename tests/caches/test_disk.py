@@ -256,7 +256,7 @@ def test_hostile_rows(tmp_path, mode, monkeypatch):
             (None, 42),
             (None, None),
         ]:
-            for head in (None, b"LGP\x01", pickle.dumps(Bomb()), "LGP"):
+            for head in (None, b"LGP\x02", pickle.dumps(Bomb()), "LGP"):
                 cache.write(KEY, entry())
                 sql(
                     cache,

@@ -21,7 +21,7 @@ from langgraph_perf.caches.base import (
     tag_id,
     unpack,
 )
-from langgraph_perf.caches.entry import _LENGTH, _META, _checksum, namespace_digest, seal
+from langgraph_perf.caches.entry import _LENGTH, _MAGIC, _META, _checksum, namespace_digest, seal
 
 from .conftest import entry
 
@@ -40,6 +40,7 @@ entries = st.builds(
     deps=st.lists(st.tuples(texts, texts), max_size=4).map(tuple),
     seconds=times,
     tokens=st.integers(0, 2**60),
+    grace=times,
 )
 
 
@@ -73,7 +74,7 @@ def test_belongs_to_its_key(serde, key, other, stored):
             unpack(other, pack(key, stored, serde), serde)
 
 
-@pytest.mark.parametrize("blob", [None, "text", 1, b"", b"\0" * 100, b"LGP\x01", bytearray(200)])
+@pytest.mark.parametrize("blob", [None, "text", 1, b"", b"\0" * 100, _MAGIC, bytearray(200)])
 def test_what_is_not_an_entry(blob):
     """Anything else is a damaged entry, never another error."""
     with pytest.raises(DamagedEntry):
@@ -84,7 +85,7 @@ def test_what_is_not_an_entry(blob):
 def test_forged_checksum(meta, body):
     """Bytes with a right checksum but any content are damaged or an entry, never another error."""
     checksum = _checksum(key_digest(KEY), meta, body)
-    head = b"LGP\x01" + checksum + meta
+    head = _MAGIC + checksum + meta
     try:
         found = unpack(KEY, struct.pack("<I", len(head)) + head + body)
     except DamagedEntry:
@@ -123,7 +124,7 @@ def test_ciphertext_cannot_be_moved():
     blob = pack(KEY, entry(), AES)
     (size,) = _LENGTH.unpack_from(blob)
     meta, body = blob[_LENGTH.size + _META : _LENGTH.size + size], blob[_LENGTH.size + size :]
-    head = b"LGP\x01" + _checksum(key_digest(other), meta, body) + meta
+    head = _MAGIC + _checksum(key_digest(other), meta, body) + meta
     with pytest.raises(DamagedEntry, match="another key"):
         unpack(other, struct.pack("<I", len(head)) + head + body, AES)
 

@@ -1,0 +1,568 @@
+"""Results past their ``ttl``: refreshed in the background, or served where an error would be."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.config import get_stream_writer
+from langgraph.errors import GraphInterrupt
+from langgraph.graph import START
+from langgraph.runtime import Runtime
+from langgraph.types import interrupt
+from typing_extensions import TypedDict
+
+from langgraph_perf import (
+    CacheMiss,
+    CachePolicy,
+    ConfigurationError,
+    DiskCache,
+    MemoryCache,
+    Shared,
+    StateGraph,
+    TieredCache,
+)
+from langgraph_perf._backend import Backend
+from langgraph_perf.caches.base import Cache
+from langgraph_perf.testing import Clock
+
+from .test_single_flight import auntil, until
+
+
+class State(TypedDict, total=False):
+    query: str
+    items: list[str]
+    answer: Any
+
+
+STALE = CachePolicy(ttl=10, stale_while_revalidate=60, version=1)
+PATIENT = CachePolicy(ttl=10, stale_if_error=60, version=1)
+ASK = {"query": "q"}
+
+
+class Node:
+    """A node that counts its runs, and can be held or made to fail.
+
+    Attributes:
+        runs: so many have begun.
+        gate: runs wait for it; open at first.
+        error: what runs raise, if anything.
+    """
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: BaseException | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, state: State) -> State:
+        with self._lock:
+            self.runs += 1
+            run = self.runs
+        assert self.gate.wait(20)
+        if self.error is not None:
+            raise self.error
+        return {"answer": run}
+
+    async def awaited(self, state: State) -> State:
+        self.runs += 1
+        run = self.runs
+        while not self.gate.is_set():  # noqa: ASYNC110 - it is set from other threads
+            await asyncio.sleep(0.001)
+        if self.error is not None:
+            raise self.error
+        return {"answer": run}
+
+
+def build(node: Any, cache: Any, policy: CachePolicy = STALE, **compiled: Any) -> Any:
+    builder = StateGraph(State)
+    builder.add_node("node", node, cache_policy=policy)
+    return builder.add_edge(START, "node").compile(cache=cache, **compiled)
+
+
+def idle(graph: Any) -> bool:
+    return not graph.perf.refreshes._running
+
+
+@pytest.fixture(params=["memory", "disk", "tiered"])
+def timed(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[Cache]:
+    """Caches whose time the test sets; nothing may be left in flight in the end."""
+    made: Cache
+    if request.param == "memory":
+        made = MemoryCache(clock=clock)
+    elif request.param == "disk":
+        made = DiskCache(tmp_path / "cache", clock=clock)
+    else:
+        first, last = MemoryCache(clock=clock), DiskCache(tmp_path / "cache", clock=clock)
+        made = TieredCache(first, last)
+    with made:
+        yield made
+        assert len(Backend.of(made).flights) == 0
+
+
+def test_a_stale_result_is_served_while_the_node_runs_again(timed: Cache, clock: Clock) -> None:
+    """Nobody waits for the refresh; those who ask after it get the new result."""
+    node = Node()
+    graph = build(node, timed)
+    assert graph.invoke(ASK)["answer"] == 1
+    clock.advance(11)
+    node.gate.clear()
+    assert graph.invoke(ASK)["answer"] == 1  # though the refresh cannot end
+    assert graph.invoke(ASK)["answer"] == 1
+    until(lambda: node.runs == 2)
+    node.gate.set()
+    until(lambda: idle(graph))
+    assert graph.invoke(ASK)["answer"] == 2
+    assert node.runs == 2
+    stats = graph.perf.stats().nodes["node"]
+    assert (stats.hits, stats.stale_hits, stats.misses, stats.runs) == (1, 2, 1, 2)
+    assert not stats.refusals
+
+
+async def test_a_stale_result_is_served_while_a_task_runs_the_node(
+    timed: Cache, clock: Clock
+) -> None:
+    """The same on an event loop, where the node runs as a task of its own."""
+    node = Node()
+    graph = build(node.awaited, timed)
+    assert (await graph.ainvoke(ASK))["answer"] == 1
+    clock.advance(11)
+    node.gate.clear()
+    assert (await graph.ainvoke(ASK))["answer"] == 1
+    await auntil(lambda: node.runs == 2)
+    node.gate.set()
+    await auntil(lambda: idle(graph))
+    assert (await graph.ainvoke(ASK))["answer"] == 2
+    assert node.runs == 2
+
+
+def test_one_refresh_however_many_ask(timed: Cache, clock: Clock) -> None:
+    """Twenty threads that find the same stale result start one run."""
+    node = Node()
+    graph = build(node, timed)
+    graph.invoke(ASK)
+    clock.advance(11)
+    node.gate.clear()
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda _: graph.invoke(ASK)["answer"], range(20)))
+    assert answers == [1] * 20
+    node.gate.set()
+    until(lambda: idle(graph))
+    assert node.runs == 2
+
+
+def test_beyond_the_window_the_caller_waits(timed: Cache, clock: Clock) -> None:
+    """A result that is too old is no result."""
+    node = Node()
+    graph = build(node, timed)
+    graph.invoke(ASK)
+    clock.advance(71)
+    assert graph.invoke(ASK)["answer"] == 2
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_an_error_is_answered_with_the_stale_result(
+    timed: Cache, clock: Clock, is_async: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Past its ttl a result is computed again; while that fails, it is good enough."""
+    node = Node()
+    graph = build(node.awaited if is_async else node, timed, PATIENT)
+
+    async def ask() -> Any:
+        state = await graph.ainvoke(ASK) if is_async else graph.invoke(ASK)
+        return state["answer"]
+
+    assert await ask() == 1
+    clock.advance(11)
+    node.error = ConnectionError("the model is down")
+    assert await ask() == 1
+    assert "the model is down" in caplog.text
+    assert graph.perf.stats().nodes["node"].stale_hits == 1
+    node.error = None
+    assert await ask() == 3
+    assert await ask() == 3
+    clock.advance(71)
+    node.error = ConnectionError("the model is down")
+    with pytest.raises(ConnectionError):
+        await ask()
+
+
+def test_followers_of_a_failing_run_get_the_stale_result(timed: Cache, clock: Clock) -> None:
+    """One failed attempt answers all who waited for it."""
+    node = Node()
+    graph = build(node, timed, PATIENT)
+    graph.invoke(ASK)
+    clock.advance(11)
+    node.gate.clear()
+    node.error = ConnectionError("down")
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(graph.invoke, ASK) for _ in range(8)]
+        until(lambda: Backend.of(timed).flights.waiting() == 7)
+        node.gate.set()
+        assert [answer.result()["answer"] for answer in answers] == [1] * 8
+    assert node.runs == 2
+
+
+def test_a_question_to_a_human_is_no_error(clock: Clock) -> None:
+    """Interrupts and cancellation are not answered with stale results."""
+    asking = threading.Event()
+
+    def node(state: State) -> State:
+        return {"answer": interrupt("really?") if asking.is_set() else 1}
+
+    graph = build(node, MemoryCache(clock=clock), PATIENT, checkpointer=InMemorySaver())
+
+    def thread(name: str) -> Any:
+        return {"configurable": {"thread_id": name}}
+
+    assert graph.invoke(ASK, thread("a"))["answer"] == 1
+    clock.advance(11)
+    asking.set()
+    assert "__interrupt__" in graph.invoke(ASK, thread("b"))
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), GraphInterrupt(()), SystemExit()], ids=lambda e: type(e).__name__
+)
+def test_only_failures_are_answered_with_stale_results(clock: Clock, error: BaseException) -> None:
+    """What ends a program or a run is passed on."""
+    node = Node()
+    cache = MemoryCache(clock=clock)
+    graph = build(node, cache, PATIENT)
+    graph.invoke(ASK)
+    clock.advance(11)
+    node.error = error
+    if isinstance(error, GraphInterrupt):
+        assert "answer" not in graph.invoke(ASK)
+    else:
+        with pytest.raises(type(error)):
+            graph.invoke(ASK)
+    assert graph.perf.stats().nodes["node"].stale_hits == 0
+
+
+def test_a_refresh_that_fails_leaves_the_stale_result(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The error is counted and logged, and the next call tries again."""
+    node = Node()
+    graph = build(node, MemoryCache(clock=clock))
+    graph.invoke(ASK)
+    clock.advance(11)
+    node.error = ConnectionError("down")
+    for tries in (1, 2):
+        assert graph.invoke(ASK)["answer"] == 1
+        until(lambda: idle(graph))
+        assert graph.perf.stats().nodes["node"].refusals == {"refresh_failed": tries}
+    assert caplog.text.count("ConnectionError: down") == 1
+    node.error = None
+    graph.invoke(ASK)
+    until(lambda: idle(graph))
+    assert graph.invoke(ASK)["answer"] == 4
+
+
+def test_an_invalidation_reaches_a_refresh_under_way(timed: Cache, clock: Clock) -> None:
+    """What began before an invalidation is not served after it, refreshes included."""
+    node = Node()
+    policy = CachePolicy(ttl=10, stale_while_revalidate=60, tags=["docs"], version=1)
+    graph = build(node, timed, policy)
+    graph.invoke(ASK)
+    clock.advance(11)
+    node.gate.clear()
+    assert graph.invoke(ASK)["answer"] == 1
+    until(lambda: node.runs == 2)
+    timed.invalidate("docs")
+    node.gate.set()
+    until(lambda: idle(graph))
+    assert graph.invoke(ASK)["answer"] == 3
+
+
+def test_an_input_that_the_graph_has_changed_since_is_not_stored(clock: Clock) -> None:
+    """A refresh reads the input while the graph goes on with it."""
+    gate = threading.Event()
+    runs: list[int] = []
+
+    def node(state: State) -> State:
+        runs.append(1)
+        if len(runs) == 2:
+            assert gate.wait(20)
+        return {"answer": list(state["items"])}
+
+    graph = build(node, MemoryCache(clock=clock))
+    items = ["a"]
+    graph.invoke({"items": items})
+    clock.advance(11)
+    graph.invoke({"items": items})
+    until(lambda: len(runs) == 2)
+    items.append("b")
+    gate.set()
+    until(lambda: idle(graph))
+    assert graph.perf.stats().nodes["node"].refusals == {"input_changed": 1}
+    assert graph.invoke({"items": ["a"]})["answer"] == ["a"]
+    until(lambda: idle(graph))
+
+
+@dataclass
+class Who:
+    user: str
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_refresh_is_no_part_of_the_run_that_started_it(
+    clock: Clock, is_async: bool
+) -> None:
+    """It has the run's context, configuration and resources, but writes to none of its streams
+    and checkpoints, and nobody listening to the run hears of it."""
+    leases: list[str] = []
+    seen: list[Any] = []
+    release = threading.Event()
+    release.set()
+
+    class Model:
+        def __init__(self) -> None:
+            leases.append("loaded")
+
+    def node(state: State, runtime: Runtime[Who], config: RunnableConfig, model: Model) -> State:
+        assert release.wait(20)
+        seen.append((runtime.context.user, config["configurable"]["temperature"], type(model)))
+        get_stream_writer()({"run": len(seen)})
+        return {"answer": len(seen)}
+
+    builder = StateGraph(State, context_schema=Who)
+    policy = replace(STALE, key=["query"])
+    builder.add_node("node", node, cache_policy=policy, resources=["model"])
+    builder.add_edge(START, "node")
+    saver = InMemorySaver()
+    cache = MemoryCache(clock=clock)
+    graph = builder.compile(cache=cache, checkpointer=saver, resources={"model": Shared(Model)})
+
+    async def stream() -> list[Any]:
+        config = {"configurable": {"thread_id": "t", "temperature": 0.5}}
+        given: dict[str, Any] = {"stream_mode": ["custom", "updates"], "context": Who("ann")}
+        if is_async:
+            return [chunk async for chunk in graph.astream(ASK, config, **given)]
+        return list(graph.stream(ASK, config, **given))
+
+    assert ("custom", {"run": 1}) in await stream()
+    clock.advance(11)
+    release.clear()
+    chunks = await stream()
+    history = len(list(saver.list({"configurable": {"thread_id": "t"}})))
+    release.set()
+    await auntil(lambda: idle(graph))
+    assert [mode for mode, _ in chunks] == ["updates"]
+    assert seen == [("ann", 0.5, Model)] * 2
+    assert leases == ["loaded"]
+    assert len(list(saver.list({"configurable": {"thread_id": "t"}}))) == history
+    assert (await stream())[-1][1]["node"]["answer"] == 2
+    await graph.perf.aclose()
+
+
+def test_no_refresh_outlives_close(clock: Clock) -> None:
+    """``close`` waits for what runs in threads, and nothing starts after it."""
+    node = Node()
+    cache = MemoryCache(clock=clock)
+    graph = build(node, cache)
+    graph.invoke(ASK)
+    clock.advance(11)
+    node.gate.clear()
+    graph.invoke(ASK)
+    until(lambda: node.runs == 2)
+    closing = threading.Thread(target=graph.perf.close)
+    closing.start()
+    assert not idle(graph)
+    node.gate.set()
+    closing.join(20)
+    assert not closing.is_alive()
+    until(lambda: idle(graph))
+    clock.advance(11)
+    assert graph.invoke(ASK)["answer"] == 2
+    assert idle(graph)
+    assert node.runs == 2
+
+
+async def test_no_task_outlives_aclose(clock: Clock) -> None:
+    """``aclose`` cancels the tasks of its own event loop, and their results are not stored."""
+    node = Node()
+    graph = build(node.awaited, MemoryCache(clock=clock))
+    await graph.ainvoke(ASK)
+    clock.advance(11)
+    node.gate.clear()
+    await graph.ainvoke(ASK)
+    await auntil(lambda: node.runs == 2)
+    await graph.perf.aclose()
+    await auntil(lambda: idle(graph))
+    node.gate.set()
+    assert (await graph.ainvoke(ASK))["answer"] == 1
+    assert len(Backend.of(graph.cache).flights) == 0
+
+
+def test_a_refresh_that_closes_its_own_graph_does_not_wait_for_itself(clock: Clock) -> None:
+    """Closing from inside the node, in the background, ends."""
+    graphs: list[Any] = []
+    closed = threading.Event()
+    runs: list[int] = []
+
+    def node(state: State) -> State:
+        runs.append(1)
+        if len(runs) == 2:
+            graphs[0].perf.close()
+            closed.set()
+        return {"answer": len(runs)}
+
+    graphs.append(build(node, MemoryCache(clock=clock)))
+    graphs[0].invoke(ASK)
+    clock.advance(11)
+    graphs[0].invoke(ASK)
+    assert closed.wait(20)
+    until(lambda: idle(graphs[0]))
+
+
+def test_loops_one_after_the_other(clock: Clock) -> None:
+    """A refresh that ended with its event loop does not keep the next one from starting."""
+    node = Node()
+    graph = build(node.awaited, MemoryCache(clock=clock))
+    asyncio.run(graph.ainvoke(ASK))
+    clock.advance(11)
+    node.gate.clear()
+
+    async def ask() -> Any:
+        runs = node.runs
+        answer = (await graph.ainvoke(ASK))["answer"]
+        await auntil(lambda: node.runs == runs + 1)
+        return answer
+
+    assert [asyncio.run(ask()) for _ in range(3)] == [1, 1, 1]
+
+
+def test_another_process_refreshes(tmp_path: Path, clock: Clock) -> None:
+    """Whoever has the lease of the key refreshes it; the others leave it to them."""
+    node = Node()
+    with DiskCache(tmp_path, clock=clock) as cache, DiskCache(tmp_path, clock=clock) as other:
+        graph = build(node, cache)
+        graph.invoke(ASK)
+        (key,) = _keys(cache)
+        clock.advance(11)
+        lease = other.acquire(key)
+        assert lease is not None
+        assert graph.invoke(ASK)["answer"] == 1
+        until(lambda: idle(graph))
+        assert node.runs == 1
+        other.release(lease)
+        assert graph.invoke(ASK)["answer"] == 1
+        until(lambda: idle(graph))
+        assert node.runs == 2
+
+
+def _keys(cache: Cache) -> list[Any]:
+    """The keys that a graph looks up."""
+    found: list[Any] = []
+    read = cache.read
+
+    def spying(lookups: Any) -> Any:
+        found.extend(lookup.key for lookup in lookups)
+        return read(lookups)
+
+    cache.read = spying  # type: ignore[method-assign]
+    try:
+        build(Node(), cache).invoke(ASK)
+    finally:
+        del cache.read
+    return sorted(set(found))
+
+
+def test_a_run_may_ask_for_nothing_stale(clock: Clock) -> None:
+    """``cache_control.ttl`` is a limit for stale results too."""
+    node = Node()
+    graph = build(node, MemoryCache(clock=clock))
+    graph.invoke(ASK)
+    clock.advance(15)
+    strict = {"configurable": {"cache_control": {"ttl": 12}}}
+    assert graph.invoke(ASK, strict)["answer"] == 2
+
+
+def test_mode_only_serves_what_is_stale_and_runs_nothing(clock: Clock) -> None:
+    """Who says that the node may not run gets no run in the background either."""
+    node = Node()
+    graph = build(node, MemoryCache(clock=clock))
+    graph.invoke(ASK)
+    clock.advance(11)
+    only = {"configurable": {"cache_control": {"mode": "only"}}}
+    assert graph.invoke(ASK, only)["answer"] == 1
+    assert idle(graph)
+    assert node.runs == 1
+    patient = build(node, MemoryCache(clock=clock), PATIENT)
+    patient.invoke(ASK)
+    clock.advance(11)
+    with pytest.raises(CacheMiss):
+        patient.invoke(ASK, only)
+
+
+def test_a_policy_that_became_stricter_serves_nothing_stale(clock: Clock) -> None:
+    """What a more patient policy stored is over at the end of its ttl."""
+    node = Node()
+    cache = MemoryCache(clock=clock)
+    build(node, cache).invoke(ASK)
+    clock.advance(11)
+    for ttl in (10, None):
+        strict = build(node, cache, CachePolicy(ttl=ttl, version=1))
+        runs = node.runs
+        assert strict.invoke(ASK)["answer"] == runs + 1
+        cache.clear()
+        build(node, cache).invoke(ASK)
+        clock.advance(11)
+
+
+def test_jitter_spreads_the_end_of_freshness(clock: Clock) -> None:
+    """Results stored together do not all go stale together, and none later than its ttl."""
+    policy = CachePolicy(ttl=100, jitter=0.5, stale_while_revalidate=1000, version=1)
+    node = Node()
+    graph = build(node, MemoryCache(clock=clock), policy)
+    for n in range(40):
+        graph.invoke({"query": str(n)})
+    clock.advance(75)
+    for n in range(40):
+        graph.invoke({"query": str(n)})
+    until(lambda: idle(graph))
+    stale = graph.perf.stats().nodes["node"].stale_hits
+    assert 0 < stale < 40
+    clock.advance(101)
+    for n in range(40):
+        graph.invoke({"query": str(n)})
+    until(lambda: idle(graph))
+    assert graph.perf.stats().nodes["node"].stale_hits == stale + 40
+
+
+def test_a_node_with_a_graph_inside_is_refreshed_by_its_caller(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A graph in the background would write to the thread's checkpoints: said when compiled."""
+    node = Node()
+    inner = StateGraph(State)
+    inner.add_node("inner", node)
+    builder = StateGraph(State)
+    policy = CachePolicy(ttl=10, stale_while_revalidate=60, version=1)
+    builder.add_node("node", inner.add_edge(START, "inner").compile(), cache_policy=policy)
+    graph = builder.add_edge(START, "node").compile(cache=MemoryCache(clock=clock))
+    assert "stale_while_revalidate has no effect" in caplog.text
+    graph.invoke(ASK)
+    clock.advance(11)
+    assert graph.invoke(ASK)["answer"] == 2
+
+
+@pytest.mark.parametrize("name", ["stale_while_revalidate", "stale_if_error"])
+@pytest.mark.parametrize("value", [0, -1, "10", True, float("inf")])
+def test_windows_are_positive_numbers_of_seconds(name: str, value: Any) -> None:
+    """Other values are refused, and so is a window without a ttl."""
+    with pytest.raises(ConfigurationError, match=f"CachePolicy.{name}: got .*; accepted"):
+        CachePolicy(ttl=10, **{name: value})
+    with pytest.raises(ConfigurationError, match=f"CachePolicy.{name}.*without a ttl"):
+        CachePolicy(**{name: 10})
