@@ -67,6 +67,7 @@ class Binding:
         configurable: the user's own part of ``configurable``.
         run_id: names the outermost run; random.
         blocked_loop: the event loop whose thread made a blocking call and waits for this run.
+        overridden: whether resources were replaced for a test, so that nothing may be stored.
     """
 
     __slots__ = (
@@ -75,6 +76,7 @@ class Binding:
         "configurable",
         "control",
         "items",
+        "overridden",
         "raw_control",
         "refreshes",
         "resources",
@@ -92,6 +94,7 @@ class Binding:
         configurable: Mapping[str, Any],
         run_id: str,
         blocked_loop: asyncio.AbstractEventLoop | None,
+        overridden: bool,
     ) -> None:
         self.backend = backend
         self.items = items
@@ -102,6 +105,7 @@ class Binding:
         self.configurable = configurable
         self.run_id = run_id
         self.blocked_loop = blocked_loop
+        self.overridden = overridden
 
     def __repr__(self) -> str:
         return "<langgraph_perf run>"
@@ -125,6 +129,7 @@ def make_binding(
     configurable: Mapping[str, Any],
     *,
     blocking: bool,
+    overridden: bool,
 ) -> Binding:
     """The binding of a run that starts now.
 
@@ -136,6 +141,7 @@ def make_binding(
         parent: the binding of the run that this one is part of.
         configurable: what the run's nodes will see.
         blocking: whether the caller's thread waits for the run.
+        overridden: whether resources of the graph are replaced for a test.
 
     Raises:
         ConfigurationError: ``configurable["cache_control"]`` is not valid.
@@ -153,8 +159,13 @@ def make_binding(
             resources = parent.resources
         elif parent.resources is not None:
             resources = type(resources)({**parent.resources, **resources})
+    if overridden or (parent is not None and parent.overridden):
+        # what a test's replacements make is nobody else's result, nor would a stored one use them
+        overridden, control = True, CacheControl(mode="bypass")
     users = users_part(configurable)
-    return Binding(backend, items, refreshes, resources, control, raw, users, run_id, blocked)
+    return Binding(
+        backend, items, refreshes, resources, control, raw, users, run_id, blocked, overridden
+    )
 
 
 def users_part(configurable: Mapping[str, Any]) -> dict[str, Any]:

@@ -326,6 +326,7 @@ class CompiledGraph(
             parent,
             merged,
             blocking=blocking,
+            overridden=perf.overridden,
         )
         if parent is None and binding.control.nodes:
             perf.check_control(binding.control)

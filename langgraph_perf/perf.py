@@ -36,6 +36,7 @@ class Perf:
         self._graph = graph
         self._overriding = threading.Lock()
         self.registry = registry
+        self.overridden = False
         self.specs: dict[str, NodeSpec] = {}
         self.items = ItemCounters()
         self.refreshes = Refreshes()
@@ -66,6 +67,9 @@ class Perf:
     def override(self, **resources: Any) -> Iterator[None]:
         """Replace resources, in tests: runs that start inside the ``with`` block use these.
 
+        They use no cache: a stored result would stand in for the replacement, and what the
+        replacement makes would be stored for those who come after the test.
+
         Args:
             resources: by name, resources or any other objects, which are then leased as they are.
 
@@ -75,7 +79,7 @@ class Perf:
         from langgraph_perf.resources import Registry, Resource, Shared
 
         with self._overriding:
-            before = self.registry
+            before, already = self.registry, self.overridden
             known = before if before is not None else Registry()
             for name in resources:
                 known.find(name)
@@ -84,11 +88,12 @@ class Perf:
                 for name, value in resources.items()
             }
             self.registry = Registry({**known, **made})
+            self.overridden = True
         try:
             yield
         finally:
             with self._overriding:
-                self.registry = before
+                self.registry, self.overridden = before, already
 
     def close(self) -> None:
         """End what runs in the background, and close the graph's resources: what is idle now, what

@@ -32,6 +32,7 @@ from langgraph_perf import (
     StateGraph,
     Use,
     alease,
+    get_cache,
     lease,
 )
 from langgraph_perf.resources import Resource
@@ -342,6 +343,35 @@ def test_override_replaces_resources_in_tests() -> None:
     assert graph.invoke({})["answer"] == "real"
     with pytest.raises(ConfigurationError, match="dbb"), graph.perf.override(dbb="fake"):
         pass
+
+
+def test_override_uses_no_cache() -> None:
+    """No stored result hides a replacement, and none of its own is stored; nodes, items, subgraphs."""
+    loads: list[str] = []
+
+    def node(state: State, db: str) -> State:
+        item = get_cache("items").get_or_set("key", lambda: loads.append(db) or db)
+        return {"answer": f"{db} {item}"}
+
+    inner = StateGraph(State)
+    inner.add_node("node", node, cache_policy=CachePolicy(version=1), resources=["db"])
+    inner.add_edge(START, "node")
+    builder = StateGraph(State)
+    builder.add_node("sub", inner.compile())
+    with MemoryCache() as cache:
+        graph = builder.add_edge(START, "sub").compile(
+            cache=cache, resources={"db": Shared(lambda: "real")}
+        )
+        asked = {"configurable": {"cache_control": {"mode": "use"}}}
+        with graph.perf.override(db="fake"):
+            assert graph.invoke({}, asked)["answer"] == "fake fake"
+        assert cache.stats().entries == 0
+        assert graph.invoke({})["answer"] == "real real"
+        with graph.perf.override(db="fake"):
+            assert graph.invoke({}, asked)["answer"] == "fake fake"
+        assert graph.invoke({})["answer"] == "real real"
+        assert loads == ["fake", "real", "fake"]
+        graph.perf.close()
 
 
 def test_threads_and_tasks_share_one_sqlite_pool(tmp_path: Any) -> None:
