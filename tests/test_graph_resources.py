@@ -346,7 +346,7 @@ def test_override_replaces_resources_in_tests() -> None:
 
 
 def test_override_uses_no_cache() -> None:
-    """No stored result hides a replacement, and none of its own is stored; nodes, items, subgraphs."""
+    """No stored result hides a replacement, and none of its own is stored: nodes and items."""
     loads: list[str] = []
 
     def node(state: State, db: str) -> State:
