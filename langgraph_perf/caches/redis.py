@@ -312,15 +312,13 @@ class RedisCache(TokenCache):
         """Returns for how many seconds somebody may not have noticed."""
         if self._closed or (namespaces is not None and not namespaces):
             return 0.0
-        wait = 0.0
         if namespaces is None:
             yield from self._delete("t")
-            listener = self._listener
-            if listener is not None:
-                listener.view.flush()
-            wait = yield from self._others_know()
+            if self._listener is not None:
+                self._listener.view.flush()
+            replies = yield self._views
             yield from self._delete("e")
-            return wait
+            return _unnoticed(replies)
         tags = [namespace_tag(tuple(namespace)) for namespace in namespaces]
         wait = yield from self._dropping(tags)
         # an entry's name begins with its namespace's digest
@@ -436,30 +434,26 @@ class RedisCache(TokenCache):
         if self._closed or not tags:
             return 0.0
         names = [self._name("t", tag) for tag in tags]
+        drops: list[Command] = [("UNLINK", *names)]
+        if self._source.cluster is not None:
+            drops = [("UNLINK", name) for name in names]
         try:
-            if self._source.cluster is not None:
-                replies = yield [("UNLINK", name) for name in names]
-            else:
-                replies = yield [("UNLINK", *names)]
-            for reply in replies:
-                _good(reply)
+            replies = yield [*drops, *self._views]
         finally:
             # whatever came of it: it may have been carried out
             if self._listener is not None:
                 self._listener.view.forget(tags)
-        return (yield from self._others_know())
+        for reply in replies[: len(drops)]:
+            _good(reply)
+        return _unnoticed(replies[len(drops) :])
 
-    def _others_know(self) -> Steps[float]:
-        """Seconds until nobody else relies on tokens that are gone."""
+    @property
+    def _views(self) -> list[Command]:
+        """Asks how many listeners keep a view, this cache's own counted apart."""
         if self._source.cluster is not None:
-            return 0.0
+            return []  # none do
         own = self._listener.own if self._listener is not None else b"-"
-        (reply,) = yield [("PUBSUB", "NUMSUB", self._presence, own)]
-        if isinstance(reply, Exception):
-            return VIEW_SECONDS  # not allowed to ask: there may be some
-        # names and numbers in turn, or in RESP3 maybe a mapping
-        views, mine = reply.values() if isinstance(reply, dict) else reply[1::2]
-        return VIEW_SECONDS if views > mine else 0.0
+        return [("PUBSUB", "NUMSUB", self._presence, own)]
 
     # -- leases -----------------------------------------------------------------------------------
 
@@ -713,6 +707,18 @@ def _tokens(tags: Iterable[str], values: Iterable[Any]) -> dict[str, str]:
         for tag, value in zip(tags, values, strict=True)
         if value is not None
     }
+
+
+def _unnoticed(replies: Sequence[Any]) -> float:
+    """Seconds until nobody else relies on what is gone, by the answer to ``_views``."""
+    if not replies:
+        return 0.0
+    (reply,) = replies
+    if isinstance(reply, Exception):
+        return VIEW_SECONDS  # not allowed to ask: there may be some
+    # names and numbers in turn, or in RESP3 maybe a mapping
+    views, mine = reply.values() if isinstance(reply, dict) else reply[1::2]
+    return VIEW_SECONDS if views > mine else 0.0
 
 
 def _unusable(exc: Exception) -> str:

@@ -624,6 +624,20 @@ def test_known_tokens_are_forgotten(
         assert tiers.read([Lookup(KEY)]) == [None]
 
 
+def test_a_flushed_server(own_server: Server) -> None:
+    """When somebody empties the server, first tiers hear of it."""
+    with TieredCache(MemoryCache(), RedisCache(own_server.url)) as tiers:
+        store(tiers)
+        known(tiers, Lookup(KEY))
+        with own_server.client() as client:
+            client.flushall()
+        deadline = time.monotonic() + 10
+        while tiers.read([Lookup(KEY)]) != [None]:
+            assert time.monotonic() < deadline
+        store(tiers)
+        known(tiers, Lookup(KEY))
+
+
 def test_a_server_that_tells_nothing(own_server: Server, caplog: pytest.LogCaptureFixture) -> None:
     """Where channels are forbidden, tiers ask, waiting polls, and nothing fails."""
     with own_server.client() as client:
