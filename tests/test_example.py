@@ -31,7 +31,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))  # examples are run from the checkout, not installed
 
 from examples.knowledge_base import databases  # noqa: E402
-from examples.knowledge_base.__main__ import QUESTIONS, USERS, Asker, main  # noqa: E402
+from examples.knowledge_base.__main__ import QUESTIONS, USERS, Asker, Child, main  # noqa: E402
 from examples.knowledge_base.documents import KnowledgeBase, knowledge_base  # noqa: E402
 from examples.knowledge_base.graph import EMBEDDINGS, NODES, Context, build_graph  # noqa: E402
 from examples.knowledge_base.models import (  # noqa: E402
@@ -602,13 +602,35 @@ def test_interrupt_ends_quietly(tmp_path: Path, endpoint: Endpoints) -> None:
     assert err == ""
 
 
+def test_three_processes_share_one_redis(tmp_path: Path, endpoint: Endpoints) -> None:
+    """What one has computed or invalidated holds for all; each result is computed once."""
+    options = (f"--base-url={endpoint.url}", "--model=stub", "--user=alice", "--redis")
+    run = command(tmp_path, *options, "--question=What is a lambda expression?")
+    done = subprocess.run(**run, capture_output=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    together = [cells(line) for line in done.stdout.splitlines() if line.startswith("all  ")]
+    nothing, once = ["0", "0", "0", "0"], ["1", "0", "1", "1"]
+    assert [row[1] for row in together] == ["3"] * 4
+    assert [row[3:] for row in together] == [nothing, nothing, once, nothing]
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_redis_that_cannot_be_used_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A server that is not there ends the program with one line that says so."""
+    assert main(["--redis=redis://127.0.0.1:1/0"]) == 1
+    assert re.fullmatch(r"error: .*\n", capsys.readouterr().err)
+
+
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The program on a temporary directory, without the real encoder and the new process."""
     nothing = Pass("new process", nodes={name: Tally() for name in (*NODES, EMBEDDINGS)})
+    monkeypatch.setattr(Child, "__init__", lambda self, args: None)
+    monkeypatch.setattr(Child, "__exit__", lambda *args: None)
+    monkeypatch.setattr(Child, "ask", lambda self, name: nothing)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("examples.knowledge_base.__main__.Embedder", WordsEmbedder)
-    monkeypatch.setattr("examples.knowledge_base.__main__.in_new_process", lambda args: nothing)
 
 
 @pytest.mark.usefixtures("in_process")

@@ -13,11 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from examples.knowledge_base import databases, models
+from examples.knowledge_base import databases, models, redis_server
 from examples.knowledge_base.databases import DatabaseError
 from examples.knowledge_base.documents import knowledge_base
 from examples.knowledge_base.graph import NODES, Context, build_graph
@@ -37,11 +38,13 @@ from examples.knowledge_base.report import (
     leased,
     nodes_table,
     passes_table,
+    processes_table,
     resources_table,
     tallies,
     total,
 )
-from langgraph_perf import DiskCache, Keyed, LangGraphPerfError, Shared
+from langgraph_perf import DiskCache, Keyed, LangGraphPerfError, MemoryCache, Shared, TieredCache
+from langgraph_perf.caches.base import Cache
 from langgraph_perf.resources import Resource
 
 QUESTIONS = [
@@ -53,6 +56,7 @@ QUESTIONS = [
 USERS = ["alice", "bob"]
 CHECKOUT = Path(__file__).resolve().parents[2]
 DSN_VARIABLE = "KNOWLEDGE_BASE_POSTGRES"
+REDIS_VARIABLE = "KNOWLEDGE_BASE_REDIS"
 
 
 class Asker:
@@ -64,19 +68,20 @@ class Asker:
         model: the name of the language model.
 
     Attributes:
+        graph: what it asks.
         quoted: ids of the documents that answers quoted, in order.
     """
 
     def __init__(self, graph: Any, progress: Progress, model: str = "") -> None:
         self.quoted: list[str] = []
         self._model = model
-        self._graph = graph
+        self.graph = graph
         self._progress = progress
 
     def ask_all(self, name: str, questions: list[str], users: list[str]) -> Pass:
         """Ask every question for every user."""
         done = Pass(name)
-        leases, loads = leased(self._graph.perf.stats())
+        leases, loads = leased(self.graph.perf.stats())
         self._progress.line(f"\n{name}")
         for question in questions:
             for user in users:
@@ -91,17 +96,17 @@ class Asker:
                 self._progress.line(f"{label}  {seconds:.3f} s, ran {ran}")
                 if nodes["generate"].runs:
                     self._progress.line(f"      {answer}")
-        more_leases, more_loads = leased(self._graph.perf.stats())
+        more_leases, more_loads = leased(self.graph.perf.stats())
         done.leases, done.loads = more_leases - leases, more_loads - loads
         if not done.leases:
             self._progress.line("  all from the cache: nothing was leased, nothing was loaded")
         return done
 
     def _ask(self, question: str, user: str, label: str) -> tuple[str, dict[str, Tally]]:
-        before = self._graph.perf.stats()
+        before = self.graph.perf.stats()
         times: dict[str, float] = {}
         state: dict[str, Any] = {}
-        for mode, event in self._graph.stream(
+        for mode, event in self.graph.stream(
             {"query": question, "user_id": user},
             context=Context(user, self._model),
             stream_mode=["tasks", "values"],
@@ -113,7 +118,7 @@ class Asker:
                 times[event["name"]] = time.perf_counter()
             else:
                 times[event["name"]] = time.perf_counter() - times[event["name"]]
-        nodes = tallies(before, self._graph.perf.stats())
+        nodes = tallies(before, self.graph.perf.stats())
         for name, seconds in times.items():
             if nodes[name].hits:
                 nodes[name].hit_time = seconds
@@ -126,7 +131,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     with ExitStack() as stack:
         stack.enter_context(progress.log(models.logger))
         stack.enter_context(progress.log(databases.logger))
-        cache = stack.enter_context(DiskCache(args.cache_dir))
+        cache = stack.enter_context(opened_cache(args))
         db = stack.enter_context(database(args))
         resources: dict[str, Resource[Any]] = {
             "db": db,
@@ -141,7 +146,8 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
             return asker.ask_all(name, args.questions, args.user)
 
         if args.child:
-            print(ask("new process").to_json())
+            for line in sys.stdin:
+                print(ask(line.strip()).to_json(), flush=True)
             return
         with db.lease() as connection:
             if knowledge_base(connection).seed():
@@ -159,8 +165,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         if stored:
             progress.line(f"  not cold: {stored} answers were stored (--fresh starts anew)")
         passes.append(ask("again"))
-        progress.line("\nnew process, on the same cache directory ...")
-        passes.append(in_new_process(args))
+        progress.line("\nnew process, on the same cache ...")
+        with Child(args) as child:
+            passes.append(child.ask("new process"))
 
         # data first, tag second: a node that reads in between stores nothing that is served later
         for edited in asker.quoted[:1]:  # none if no question matched any document
@@ -185,6 +192,57 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         for line in (line for table in tables for line in ["", *table]):
             progress.line(line)
 
+        if args.redis is not None:
+
+            def edit() -> None:
+                with db.lease() as connection:
+                    knowledge_base(connection).edit(asker.quoted[0])
+                cache.invalidate("docs")
+
+            three_processes(args, asker, edit if asker.quoted else lambda: None, progress)
+
+
+def three_processes(
+    args: argparse.Namespace, asker: Asker, edit: Callable[[], None], progress: Progress
+) -> None:
+    """This process and two others, each with a memory tier of its own, on one Redis."""
+    progress.line("\nthree processes, each with a memory tier of its own, share one Redis ...")
+    with Child(args) as second, Child(args) as third, ThreadPoolExecutor(3) as pool:
+
+        def ask(title: str) -> None:
+            quiet = Asker(asker.graph, Progress(io.StringIO()), args.model)
+            asked = [
+                pool.submit(quiet.ask_all, title, args.questions, args.user),
+                pool.submit(second.ask, title),
+                pool.submit(third.ask, title),
+            ]
+            for line in ["", *processes_table(title, [pass_.result() for pass_ in asked])]:
+                progress.line(line)
+
+        ask("all ask what Redis knows")
+        ask("again: from their own memory")
+        edit()
+        ask("after one has edited a document and invalidated 'docs'")
+        ask("again")
+
+
+@contextmanager
+def opened_cache(args: argparse.Namespace) -> Iterator[Cache]:
+    """Where results are kept: in a directory, or with ``--redis`` in Redis behind memory."""
+    with ExitStack() as stack:
+        if args.redis is None:
+            yield stack.enter_context(DiskCache(args.cache_dir))
+            return
+        try:
+            from langgraph_perf import RedisCache
+        except ImportError as exc:
+            raise DatabaseError(str(exc)) from exc
+        if not args.redis:
+            args.redis = stack.enter_context(redis_server.private_redis())
+        redis = RedisCache(args.redis, prefix="knowledge_base")
+        redis.ping()
+        yield stack.enter_context(TieredCache(MemoryCache(), redis))
+
 
 @contextmanager
 def database(args: argparse.Namespace) -> Iterator[Resource[Any]]:
@@ -207,28 +265,58 @@ def loader(args: argparse.Namespace) -> Callable[[str], ChatModel]:
     return lambda model_type: ChatModel(model=args.model, endpoint=endpoint)
 
 
-def in_new_process(args: argparse.Namespace) -> Pass:
-    """Ask everything again in a process of its own.
+class Child:
+    """A process of its own that asks everything again whenever it is told to."""
 
-    Raises:
-        ModelError: it failed; its message went to standard error.
-    """
-    command = [sys.executable, "-m", "examples.knowledge_base", "--child", "--model", args.model]
-    command += [f"--cache-dir={args.cache_dir}", f"--data-dir={args.data_dir}"]
-    command += [f"--question={question}" for question in args.questions]
-    command += [f"--user={user}" for user in args.user]
-    command.append(f"--max-models={args.max_models}")
-    env = dict(os.environ)
-    if args.postgres is not None:
-        command.append("--postgres")
-        env[DSN_VARIABLE] = args.postgres
-    if args.base_url is not None:
-        # not on the command line, which every user of the machine can read
-        env |= {"OPENAI_BASE_URL": args.base_url, "OPENAI_API_KEY": args.api_key}
-    child = subprocess.run(command, cwd=CHECKOUT, env=env, stdout=subprocess.PIPE, text=True)
-    if child.returncode:
-        raise ModelError("the new process failed")
-    return Pass.from_json(child.stdout)
+    def __init__(self, args: argparse.Namespace) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "examples.knowledge_base",
+            "--child",
+            "--model",
+            args.model,
+        ]
+        command += [f"--cache-dir={args.cache_dir}", f"--data-dir={args.data_dir}"]
+        command += [f"--question={question}" for question in args.questions]
+        command += [f"--user={user}" for user in args.user]
+        command.append(f"--max-models={args.max_models}")
+        # addresses may hold passwords: not on the command line, which every user can read
+        env = dict(os.environ)
+        if args.postgres is not None:
+            command.append("--postgres")
+            env[DSN_VARIABLE] = args.postgres
+        if args.redis is not None:
+            command.append("--redis")
+            env[REDIS_VARIABLE] = args.redis
+        if args.base_url is not None:
+            env |= {"OPENAI_BASE_URL": args.base_url, "OPENAI_API_KEY": args.api_key}
+        self._process = subprocess.Popen(
+            command, cwd=CHECKOUT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, name: str) -> Pass:
+        """Ask everything.
+
+        Raises:
+            ModelError: it failed; its message went to standard error.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(f"{name}\n")
+            self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise ModelError("the new process failed")
+        return Pass.from_json(answer)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        with suppress(BrokenPipeError):
+            self._process.communicate()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -257,6 +345,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="DSN",
         help="keep the documents in PostgreSQL instead of SQLite, in a schema of its own (default"
         f" DSN: ${DSN_VARIABLE}, else a private server that is started for it)",
+    )
+    parser.add_argument(
+        "--redis",
+        nargs="?",
+        const=os.environ.get(REDIS_VARIABLE, ""),
+        metavar="URL",
+        help="keep results in Redis or Valkey, behind a memory tier, instead of in --cache-dir"
+        f" (default URL: ${REDIS_VARIABLE}, else a private server that is started for it)",
     )
     parser.add_argument("--questions", type=Path, metavar="FILE", help="one question per line")
     parser.add_argument("--question", action="append", help="a question; may be repeated")

@@ -208,6 +208,19 @@ def resources_table(resources: Mapping[str, ResourceStats]) -> list[str]:
     return _aligned(rows)
 
 
+def processes_table(title: str, passes: Sequence[Pass]) -> list[str]:
+    """One row for each process, and one for all: how often each node really ran."""
+    rows = [[title, "answers", "seconds", *(f"{name} ran" for name in NODES)]]
+    for number, p in enumerate(passes, 1):
+        ran = [str(p.nodes[name].runs) for name in NODES]
+        rows.append([f"process {number}", str(p.answers), f"{p.seconds:.2f}", *ran])
+    together = total(passes)
+    asked = sum(p.answers for p in passes)
+    longest = max(p.seconds for p in passes)
+    runs = [str(together[name].runs) for name in NODES]
+    return _aligned([*rows, ["all", str(asked), f"{longest:.2f}", *runs]])
+
+
 def _times(slow: float, fast: float) -> str:
     return f"{slow / fast:.1f}x" if slow and fast else "-"
 
