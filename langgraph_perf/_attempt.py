@@ -34,11 +34,13 @@ from langgraph._internal._constants import (
 
 from langgraph_perf import replay
 from langgraph_perf._binding import BINDING, Binding
-from langgraph_perf._call import Call, Ran, gatherings, load, revalidation
+from langgraph_perf._call import load, revalidation
 from langgraph_perf._drive import Caller, adrive, drive
 from langgraph_perf._flight import held_flights
 from langgraph_perf._freshness import Freshness
+from langgraph_perf._gathering import gatherings
 from langgraph_perf._identity import NodeSpec, Uncached, call_key, call_tags
+from langgraph_perf._steps import Call, Ran
 from langgraph_perf._watch import Watch, current_config
 from langgraph_perf.caches.base import Entry
 from langgraph_perf.errors import CacheMiss, ConfigurationError

@@ -11,23 +11,35 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Callable, Generator, Iterable
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Generator
 from typing import Any, Literal
 
-from langgraph.cache.base import FullKey
 from langgraph.errors import GraphBubbleUp
 
-from langgraph_perf import _freshness
-from langgraph_perf._backend import Backend
 from langgraph_perf._flight import Disperse, Flight, Landed, TakeOver, Waiter
-from langgraph_perf._freshness import Freshness, State
-from langgraph_perf.caches.base import Entry, Lease, Lookup, timely
+from langgraph_perf._gathering import Gathering, depends
+from langgraph_perf._steps import (
+    Acquire,
+    Call,
+    Done,
+    Join,
+    Pause,
+    Raised,
+    Ran,
+    Read,
+    Release,
+    Revalidate,
+    Run,
+    Step,
+    Steps,
+    Tokens,
+    Verdict,
+    Wait,
+    Write,
+)
+from langgraph_perf.caches.base import Entry, Lease, timely
 from langgraph_perf.codec import DecodeError, EncodeError
 from langgraph_perf.errors import CacheMiss
-from langgraph_perf.policy import Mode
-from langgraph_perf.stats import NodeCounters
 
 logger = logging.getLogger("langgraph_perf")
 
@@ -36,200 +48,6 @@ LONGEST_POLL = 0.1
 NOTIFIED = 1.0
 """Seconds between looks at the lease of another process; the last where the cache tells by itself
 when there is something to see."""
-
-
-class Gathering:
-    """The dependencies of the cached calls made while a body runs: they are the body's as well.
-
-    Attributes:
-        deps: tag ids and the tokens they had when the inner results came to be.
-        elsewhere: whether an inner result depends on tags of another cache, which nothing here
-            can check.
-    """
-
-    __slots__ = ("_backend", "deps", "elsewhere")
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.deps: dict[str, str] = {}
-        self.elsewhere = False
-
-    def add(self, backend: Backend, deps: Iterable[tuple[str, str]]) -> None:
-        """An inner call on ``backend`` used something that depends on ``deps``."""
-        for tag, token in deps:
-            if backend is self._backend:
-                self.deps.setdefault(tag, token)  # the older token: an invalidation between counts
-            else:
-                self.elsewhere = True
-
-
-gatherings: ContextVar[tuple[Gathering, ...]] = ContextVar("langgraph_perf_gatherings", default=())
-"""The computations that the current code is part of, outermost first."""
-
-
-def depends(backend: Backend, deps: Iterable[tuple[str, str]]) -> None:
-    """What is being computed now depends on ``deps``."""
-    for gathering in gatherings.get():
-        gathering.add(backend, deps)
-
-
-@dataclass(slots=True)
-class Call:
-    """Everything that ``steps`` needs to know about one call.
-
-    Attributes:
-        name: what to call it in errors and logs.
-        load: makes the value from stored payload bytes; raises ``DecodeError`` if it cannot.
-        dump: makes payload bytes from the value; raises ``EncodeError`` if it cannot.
-        refuse: why the value must not be stored, or ``None``.
-        spent: language-model tokens the value's computation took.
-        on_hit: told of the entry that answers the call.
-        freshness: what may be served past its ``ttl``; ``None``: nothing.
-        held: the flights that the call is part of; such a call never waits for other processes.
-        suspects: flights that the call may be part of without knowing; its own joins them.
-        looked: whether the caller has looked the key up, in vain, a moment ago.
-        unreadable: whether what is stored could not be read back.
-    """
-
-    name: str
-    backend: Backend
-    counters: NodeCounters
-    key: FullKey
-    tags: tuple[str, ...]
-    mode: Mode
-    max_age: float | None
-    ttl: float | None
-    jitter: float
-    load: Callable[[bytes], Any]
-    dump: Callable[[Any], bytes]
-    refuse: Callable[[Any], str | None]
-    spent: Callable[[Any], int]
-    on_hit: Callable[[Entry], None]
-    held: tuple[Flight, ...]
-    freshness: Freshness | None = None
-    suspects: list[Flight] = field(default_factory=list)
-    looked: bool = False
-    unreadable: bool = False
-
-    @property
-    def lookup(self) -> Lookup:
-        """What to look for."""
-        return Lookup(self.key, self.tags, self.max_age)
-
-    @property
-    def grace(self) -> float:
-        """How many seconds past its ``ttl`` a result may be of use."""
-        return 0.0 if self.freshness is None else self.freshness.grace
-
-    def state(self, entry: Entry) -> State:
-        """What ``entry`` is good for."""
-        if self.freshness is None and not entry.grace:
-            return "fresh"
-        return _freshness.state(self.freshness, entry, self.backend.cache.clock())
-
-
-@dataclass(slots=True)
-class Read:
-    """Look an entry up → ``Entry | None``."""
-
-    lookup: Lookup
-
-
-@dataclass(slots=True)
-class Revalidate:
-    """See to it that the body runs again, in the background."""
-
-    run: Callable[[bool], None]
-
-
-@dataclass(slots=True)
-class Tokens:
-    """The current tokens of tags → ``tuple | None``."""
-
-    tags: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class Join:
-    """Lead, follow or go alone → ``(flight, waiter)``."""
-
-    key: FullKey
-
-
-@dataclass(slots=True)
-class Wait:
-    """Wait for a flight → ``Outcome | None`` (``None``: waited long enough)."""
-
-    waiter: Waiter
-
-
-@dataclass(slots=True)
-class Acquire:
-    """Take the lease of a key → ``Lease | "busy" | "failed"``."""
-
-    key: FullKey
-
-
-@dataclass(slots=True)
-class Pause:
-    """Wait for whoever has the lease of a key, at most for ``seconds``."""
-
-    key: FullKey
-    seconds: float
-
-
-@dataclass(slots=True)
-class Run:
-    """Run the body as part of ``flight`` → ``Ran | Raised``; inner calls tell ``gathering``."""
-
-    flight: Flight | None
-    lease: Lease | None
-    gathering: Gathering
-
-
-@dataclass(slots=True)
-class Write:
-    """Store an entry → whether it was."""
-
-    key: FullKey
-    entry: Entry
-    lease: Lease | None
-
-
-@dataclass(slots=True)
-class Release:
-    """Give a lease back."""
-
-    lease: Lease
-
-
-@dataclass(slots=True)
-class Ran:
-    """What the body returned.
-
-    Attributes:
-        seconds: how long it took; 0 when a stored entry answered.
-        tainted: why the value must not be stored, whatever the policy says.
-        entry: the stored entry that the value was made from, if it was.
-    """
-
-    value: Any
-    seconds: float = 0.0
-    tainted: str | None = None
-    entry: Entry | None = None
-
-
-@dataclass(slots=True)
-class Raised:
-    """The body raised."""
-
-    error: BaseException
-
-
-Step = Read | Revalidate | Tokens | Join | Wait | Acquire | Pause | Run | Write | Release
-Done = Ran | Raised
-Steps = Generator[Step, Any, Done]
-Verdict = Entry | Literal["disperse", "abandon"]
 
 
 def steps(call: Call) -> Steps:

@@ -8,7 +8,10 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from langgraph_perf import _heartbeat
-from langgraph_perf._call import (
+from langgraph_perf._call import steps
+from langgraph_perf._flight import AsyncWaiter, SyncWaiter, held_flights
+from langgraph_perf._gathering import gatherings
+from langgraph_perf._steps import (
     Acquire,
     Call,
     Done,
@@ -25,10 +28,7 @@ from langgraph_perf._call import (
     Tokens,
     Wait,
     Write,
-    gatherings,
-    steps,
 )
-from langgraph_perf._flight import AsyncWaiter, SyncWaiter, held_flights
 
 
 class Caller(NamedTuple):

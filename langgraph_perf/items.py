@@ -15,9 +15,10 @@ from langchain_core.runnables.config import var_child_runnable_config
 from langgraph_perf import codec, keys
 from langgraph_perf._backend import Backend
 from langgraph_perf._binding import BINDING, Binding
-from langgraph_perf._call import Call, Ran, depends
 from langgraph_perf._drive import Caller, adrive, drive
 from langgraph_perf._flight import Flight, held_flights
+from langgraph_perf._gathering import depends
+from langgraph_perf._steps import Call, Ran
 from langgraph_perf._watch import Watch, current_config
 from langgraph_perf.caches.base import Entry, Lookup, tag_id
 from langgraph_perf.errors import CacheMiss, ConfigurationError

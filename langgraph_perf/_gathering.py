@@ -1,0 +1,43 @@
+"""What a computation depends on because of the cached calls made inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextvars import ContextVar
+
+from langgraph_perf._backend import Backend
+
+
+class Gathering:
+    """The dependencies of the cached calls made while a body runs: they are the body's as well.
+
+    Attributes:
+        deps: tag ids and the tokens they had when the inner results came to be.
+        elsewhere: whether an inner result depends on tags of another cache, which nothing here
+            can check.
+    """
+
+    __slots__ = ("_backend", "deps", "elsewhere")
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.deps: dict[str, str] = {}
+        self.elsewhere = False
+
+    def add(self, backend: Backend, deps: Iterable[tuple[str, str]]) -> None:
+        """An inner call on ``backend`` used something that depends on ``deps``."""
+        for tag, token in deps:
+            if backend is self._backend:
+                self.deps.setdefault(tag, token)  # the older token: an invalidation between counts
+            else:
+                self.elsewhere = True
+
+
+gatherings: ContextVar[tuple[Gathering, ...]] = ContextVar("langgraph_perf_gatherings", default=())
+"""The computations that the current code is part of, outermost first."""
+
+
+def depends(backend: Backend, deps: Iterable[tuple[str, str]]) -> None:
+    """What is being computed now depends on ``deps``."""
+    for gathering in gatherings.get():
+        gathering.add(backend, deps)
