@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 VIEW_SECONDS = 0.05
 """How long the view holds after a ping, and how long an invalidation waits for other views."""
@@ -40,17 +40,17 @@ class TagView:
 
     # -- for readers ------------------------------------------------------------------------------
 
-    def get(self, tags: Collection[str]) -> dict[str, str] | None:
-        """The current tokens of these tag ids; ``None``: they have to be asked for."""
-        tokens = self._tokens  # before the time: a view that ended is replaced, never changed back
+    def knows(self, deps: Sequence[tuple[str, str]]) -> bool:
+        """Whether these tokens are known to be current."""
+        tokens = self._tokens  # before the time: a view that ended is replaced, never filled again
         self.used = now = time.monotonic()
         if now >= self._holds_until:
             self._wanted()
-            return None
-        try:
-            return {tag: tokens[tag] for tag in tags}
-        except KeyError:
-            return None
+            return False
+        for tag, token in deps:  # noqa: SIM110 - on every hit, and a generator is slow
+            if tokens.get(tag) != token:
+                return False
+        return True
 
     def mark(self) -> int:
         """A moment before tokens are asked for, for ``learn``."""

@@ -207,9 +207,10 @@ class Cache(BaseCache[Any]):
         mean that ``read`` finds none. Must not raise."""
         return None
 
-    def known_tags(self, tags: Collection[str]) -> Mapping[str, str] | None:
-        """Like ``peek_tags``, if it can be told without waiting for anything; else ``None``."""
-        return None
+    def knows(self, deps: Sequence[tuple[str, str]]) -> bool:
+        """Whether these tokens are current for all that is known without waiting for anything;
+        ``False`` when that cannot be told."""
+        return False
 
     def acquire(self, key: FullKey) -> Lease | None:
         """Take the lease of ``key``; ``None`` while somebody else holds it."""

@@ -382,16 +382,16 @@ class RedisCache(TokenCache):
         self._tally.add(invalidations=len(tags))
         await asyncio.sleep(wait)
 
-    def known_tags(self, tags: Collection[str]) -> Mapping[str, str] | None:
-        """The current tokens of these tag ids, if they are known without asking the server."""
+    def knows(self, deps: Sequence[tuple[str, str]]) -> bool:
+        """Whether these tokens are known, without asking the server, to be current."""
         view = self._view
         if view is None:
             listener = self._listening()
             if listener is None:
-                return None
+                return False
             listener.follow_tags()
             view = self._view = listener.view
-        return view.get(tags)
+        return view.knows(deps)
 
     def _peeking_tags(self, tags: Collection[str]) -> Steps[dict[str, str]]:
         if self._closed or not tags:

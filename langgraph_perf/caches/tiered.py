@@ -3,7 +3,7 @@
 The last tier is the authority. It keeps the tag tokens, and a copy in an upper tier is served only
 while the tokens it was stored with are current *there*: an invalidation or a ``clear`` by another
 process counts at once, for one look-up of tokens a hit, which is free where the last tier knows
-them without asking (``known_tags``). So that a ``clear`` counts too, every entry that passes
+them without asking (``knows``). So that a ``clear`` counts too, every entry that passes
 through depends on the ``namespace_tag`` of its namespace besides its own tags.
 """
 
@@ -165,16 +165,23 @@ class TieredCache(Cache):
         found: list[Entry | None] | None = yield from self._try(tier, "peek", lookups)
         if found is None:
             return [None] * len(lookups)
-        tags = {tag for entry in found if entry is not None for tag, _ in entry.deps}
+        sure = [entry is not None and self._last.cache.knows(entry.deps) for entry in found]
+        tags = {
+            tag
+            for entry, known in zip(found, sure, strict=True)
+            if entry is not None and not known
+            for tag, _ in entry.deps
+        }
         current: Mapping[str, str] | None = {}
         if tags and self.supports_tags:
-            current = self._last.cache.known_tags(tags)
-            if current is None:
-                current = yield from self._try(self._last, "peek_tags", tags)
+            current = yield from self._try(self._last, "peek_tags", tags)
         now = self.clock()
         return [
-            entry if entry is not None and self._serves(entry, lookup, current, now) else None
-            for entry, lookup in zip(found, lookups, strict=True)
+            entry
+            if entry is not None
+            and self._serves(entry, lookup, dict(entry.deps) if known else current, now)
+            else None
+            for entry, lookup, known in zip(found, lookups, sure, strict=True)
         ]
 
     def _serves(
@@ -284,11 +291,13 @@ class TieredCache(Cache):
         # a copy's last dependency is its namespace's
         if entry is None or not entry.deps or entry.deps[-1][0] != namespace_tag(lookup.key[0]):
             return None
-        current = self._last.cache.known_tags([tag for tag, _ in entry.deps])
-        if current is None or not servable(entry, lookup, current, self.clock()):
+        if not self._last.cache.knows(entry.deps) or not timely(entry, lookup, self.clock()):
+            return None
+        if lookup.tags and not {tag for tag, _ in entry.deps}.issuperset(lookup.tags):
             return None
         self._tally.hit()
-        return entry._replace(deps=entry.deps[:-1])
+        # what `_replace` does, in half the time
+        return Entry._make((*entry[:3], entry.deps[:-1], *entry[4:]))
 
     # -- primitives, blocking ---------------------------------------------------------------------
 

@@ -701,10 +701,12 @@ def test_what_changes_while_it_is_asked_for_is_not_remembered(tiers: TieredCache
     asking = server._peeking_tags([DOCS])
     commands = next(asking)
     replies = server._line.execute(commands)
+    (token,) = server.tag_tokens([DOCS])
+    assert server.knows([(DOCS, token)])
     server.invalidate("docs")
     with pytest.raises(StopIteration):
         asking.send(replies)
-    assert server.known_tags([DOCS]) is None
+    assert not server.knows([(DOCS, token)])
     assert tiers.read([Lookup(KEY)]) == [None]
 
 
