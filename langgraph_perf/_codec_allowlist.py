@@ -5,34 +5,32 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
-
-from langchain_core import messages as lc_messages
-from langchain_core.documents import Document
-from langgraph import types as lg_types
-from langgraph.store.base import Item, SearchItem
+from functools import cache
 
 from langgraph_perf._codec_classes import find, parametrization, ref_of
 from langgraph_perf._codec_format import DecodeError
 
-TRUSTED: dict[str, type] = {
-    ref_of(cls): cls
-    for cls in [
-        *(
-            getattr(lc_messages, name)
-            for name in lc_messages.__all__
-            if name.endswith(("Message", "MessageChunk"))
-        ),
-        *(
-            getattr(lg_types, name, None)
-            for name in ("Command", "Send", "Overwrite", "Interrupt", "TimeoutPolicy")
-        ),
-        Document,
-        Item,
-        SearchItem,
+
+@cache  # and not at import: not all of these modules need to be imported by then
+def trusted() -> dict[str, type]:
+    """The classes that come back even in strict mode: LangGraph trusts the same ones."""
+    from langchain_core import messages as lc_messages
+    from langchain_core.documents import Document
+    from langgraph import types as lg_types
+    from langgraph.store.base import Item, SearchItem
+
+    messages = [
+        getattr(lc_messages, name)
+        for name in lc_messages.__all__
+        if name.endswith(("Message", "MessageChunk"))
     ]
-    if isinstance(cls, type)
-}
-"""The classes that come back even in strict mode: LangGraph trusts the same ones."""
+    names = ("Command", "Send", "Overwrite", "Interrupt", "TimeoutPolicy")
+    others = [getattr(lg_types, name, None) for name in names]
+    return {
+        ref_of(cls): cls
+        for cls in [*messages, *others, Document, Item, SearchItem]
+        if isinstance(cls, type)
+    }
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -88,7 +86,7 @@ def resolve(ref: str, allowed: Allowlist) -> type:
         DecodeError: it is not allowed, or not there.
     """
     name, _, args = ref.partition("[")
-    cls = TRUSTED.get(name) or allowed._named.get(name)
+    cls = trusted().get(name) or allowed._named.get(name)
     if cls is not None and args:
         cls = parametrization(cls, ref)
     if cls is None:

@@ -17,7 +17,7 @@ from langchain_core.messages import BaseMessage
 from ormsgpack import packb
 
 from langgraph_perf import _codec_objects, _codec_values
-from langgraph_perf._codec_allowlist import TRUSTED
+from langgraph_perf._codec_allowlist import trusted
 from langgraph_perf._codec_classes import ensure_reachable, plan_of
 from langgraph_perf._codec_format import (
     ATTRIBUTES,
@@ -256,16 +256,23 @@ def _utf8(text: str) -> bool:
 
 # -- what takes objects apart ---------------------------------------------------------------------
 
-KNOWN: dict[type, _Writer] = {cls: (write, False) for cls, write in _codec_values.WRITERS.items()}
-"""The classes whose writers need not be looked for."""
-for _cls in TRUSTED.values():
-    if (_plan := plan_of(_cls)) is not None:
-        _write = functools.partial(_codec_objects.WRITERS[_plan.tag], _plan)
-        KNOWN[_cls] = _write, _plan.message
+
+@functools.cache
+def _known() -> dict[type, _Writer]:
+    """The classes whose writers need not be looked for."""
+    known: dict[type, _Writer] = {
+        cls: (write, False) for cls, write in _codec_values.WRITERS.items()
+    }
+    for cls in trusted().values():
+        plan = plan_of(cls)
+        if plan is not None:
+            write = functools.partial(_codec_objects.WRITERS[plan.tag], plan)
+            known[cls] = write, plan.message
+    return known
 
 
 def _writer(cls: type) -> _Writer:
-    known = KNOWN.get(cls)
+    known = _known().get(cls)
     if known is not None:
         return known
     plan = plan_of(cls)

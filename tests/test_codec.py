@@ -866,12 +866,12 @@ def test_an_interrupt_gets_through():
     def interrupt(obj: Any) -> Any:
         raise KeyboardInterrupt
 
-    _codec_encode.KNOWN[Stop] = interrupt, False
+    _codec_encode._known()[Stop] = interrupt, False
     try:
         with pytest.raises(KeyboardInterrupt):
             encode([Stop()])
     finally:
-        del _codec_encode.KNOWN[Stop]
+        del _codec_encode._known()[Stop]
 
 
 def test_an_interrupt_of_decoding_gets_through(monkeypatch):
