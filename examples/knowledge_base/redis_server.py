@@ -22,7 +22,7 @@ def private_redis() -> Iterator[str]:
     Raises:
         DatabaseError: there is no server program, or the server does not start.
     """
-    program = _program()
+    program = server_program()
     with ExitStack() as stack:
         own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="redis-")))
         path = own / "socket"
@@ -39,7 +39,8 @@ def private_redis() -> Iterator[str]:
         yield f"unix://{path}"
 
 
-def _program() -> str:
+def server_program() -> str:
+    """The path of a Redis or Valkey server: of this machine, else of the wheel."""
     for name in ("redis-server", "valkey-server"):
         found = shutil.which(name)
         if found:

@@ -1,0 +1,34 @@
+"""The benchmarks of Redis: every row runs and measures both sides. No time is asserted."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks are not installed
+
+from benchmarks import bench_redis
+from benchmarks._harness import Effort
+
+TINY = Effort(rounds=1, batch_seconds=0.0, size=0.01)
+
+
+@pytest.mark.parametrize("name", bench_redis.ROWS)
+def test_every_row_yields_finite_numbers(name: str) -> None:
+    """Each row measures both sides."""
+    results = list(bench_redis.ROWS[name](TINY))
+
+    assert len({(found.row, found.alternative) for found in results}) == len(results) > 0
+    for found in results:
+        assert all(math.isfinite(n) and n > 0 for n in (found.ours, found.theirs, found.ratio))
+
+
+def test_what_holds_however_little_is_measured() -> None:
+    """No stale read, and one run of a cold key."""
+    (stale,) = bench_redis.hammer(TINY)
+    assert stale.measured == 0
+    runs, _ = bench_redis.cold_key(TINY)
+    assert runs.measured == 1
