@@ -1,6 +1,7 @@
 """Safe, declarative caching and resources for LangGraph nodes."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from langgraph_perf.errors import (
@@ -52,6 +53,10 @@ __all__ = [
     "get_cache",
     "lease",
 ]
+
+if find_spec("redis") is None:
+    # ``import *`` imports all of them; by its name it can be asked for, and says what is missing
+    __all__.remove("RedisCache")
 
 # imported when they are first asked for: a graph needs one cache, and often no resources
 _LATER = {

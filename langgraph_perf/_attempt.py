@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import sys
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
@@ -22,15 +26,18 @@ from langchain_core.callbacks import (
 from langchain_core.callbacks.base import BaseCallbackManager
 from langchain_core.outputs import LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.tracers import context as tracers_context
 from langchain_core.tracers.base import BaseTracer
 
 # private names of LangGraph, each with a test in tests/test_langgraph_internals.py
 from langgraph._internal._constants import (
+    CONFIG_KEY_CHECKPOINTER,
     CONFIG_KEY_RESUME_MAP,
     CONFIG_KEY_RESUMING,
     CONFIG_KEY_RUNTIME,
     CONFIG_KEY_SCRATCHPAD,
 )
+from langgraph.pregel._retry import _should_retry_on
 
 from langgraph_perf import replay
 from langgraph_perf._binding import BINDING, Binding
@@ -176,7 +183,8 @@ class Attempt:
                 policy.ttl,  # type: ignore[arg-type]
                 policy.stale_while_revalidate or 0.0,  # type: ignore[arg-type]
                 policy.stale_if_error or 0.0,  # type: ignore[arg-type]
-                None if spec.has_subgraph else lambda is_async: self._revalidate(call, is_async),
+                None if spec.has_subgraph else self._revalidate,
+                self._retried,
             )
             # what a run itself asks for is a limit for stale results as well
             max_age = shortest(freshness.ttl + freshness.grace, control.ttl)  # type: ignore[arg-type]
@@ -206,51 +214,64 @@ class Attempt:
 
     def _revalidate(self, call: Call, is_async: bool) -> None:
         """Run the node once more, in the background, for those who ask next."""
-        binding: Binding = self.config["configurable"][BINDING]
-        manager = AsyncCallbackManager([]) if is_async else CallbackManager([])
-        attempt = Attempt(self.node, self.input, _detached(self.config, manager), {})
+        try:
+            # the graph goes on with this one
+            state = copy.deepcopy(self.input)
+        except Exception as exc:
+            self.node.spec.counters.refused("refresh_failed")
+            self.node.spec.warn(
+                f"a stale result is not computed again in the background: its input cannot be "
+                f"copied: {type(exc).__name__}: {exc}"
+            )
+            return
+        on_loop = is_async and self.node.spec.native_async
+        attempt = Attempt(self.node, state, _detached(self.config, on_loop), {})
         refresh = replace(
             call,
             mode="refresh",
-            refuse=lambda value: attempt._refuse(value) or self._changed(call),
+            refuse=attempt._refuse,
             spent=attempt._spent,
-            on_hit=lambda entry: None,
+            on_hit=_unseen,
             held=(),
             suspects=[],
+            background=True,
         )
-        if is_async:
-            binding.refreshes.start_task(call.key, lambda: attempt._arefresh(refresh))
+        refreshes = self.config["configurable"][BINDING].refreshes
+        if on_loop:
+            refreshes.start_task(call.key, lambda: attempt._arefresh(refresh))
         else:
-            binding.refreshes.start(call.key, lambda: attempt._refresh(refresh))
+            refreshes.start(call.key, lambda: attempt._refresh(refresh))
 
-    def _changed(self, call: Call) -> str | None:
-        """Whether the input, which the graph has gone on with, is no more what the key says."""
-        conf = self.config["configurable"]
-        spec, binding = self.node.spec, conf[BINDING]
-        assert spec.policy is not None
-        scope = narrowest_scope(spec.policy.scope, binding.control.for_node(spec.name).scope)
-        runtime = conf.get(CONFIG_KEY_RUNTIME)
-        try:
-            digest = call_key(spec, scope, self.input, call.tags, runtime, conf, binding)
-        except (Uncached, ConfigurationError):
-            return "input_changed"
-        return None if digest == call.key[1] else "input_changed"
+    def _retried(self, error: Exception) -> bool:
+        """Whether LangGraph will run the node again after ``error``."""
+        runtime = self.config["configurable"].get(CONFIG_KEY_RUNTIME)
+        info = getattr(runtime, "execution_info", None)
+        for policy in self.node.spec.retry:
+            if _should_retry_on(policy, error):
+                return bool(getattr(info, "node_attempt", 1) < policy.max_attempts)
+        return False
 
     def _refresh(self, call: Call) -> None:
         _on_its_own()
         try:
             drive(call, self.invoke, _NOBODY, revalidation)
-        except Exception as exc:
+        except BaseException as exc:
             self._failed(exc)
 
     async def _arefresh(self, call: Call) -> None:
         _on_its_own()
+        assert call.freshness is not None
         try:
-            await adrive(call, self.ainvoke, _NOBODY, revalidation)
-        except Exception as exc:
+            # beyond its window nobody takes a stale result: then callers run the node themselves
+            await asyncio.wait_for(
+                adrive(call, self.ainvoke, _NOBODY, revalidation), call.freshness.while_revalidate
+            )
+        except asyncio.CancelledError:
+            raise
+        except BaseException as exc:
             self._failed(exc)
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         self.node.spec.counters.refused("refresh_failed")
         self.node.spec.warn(
             f"a stale result could not be computed again: {type(error).__name__}: {error}"
@@ -391,12 +412,22 @@ def _on_its_own() -> None:
     """What runs from here on is not part of the call that started it."""
     held_flights.set(())
     gatherings.set(())
+    # LangChain and LangSmith keep listeners in context variables
+    for var, *_ in tracers_context._configure_hooks:
+        var.set(None)
+    run_helpers = sys.modules.get("langsmith.run_helpers")
+    parent = getattr(run_helpers, "_PARENT_RUN_TREE", None)
+    if parent is not None:
+        parent.set(None)
 
 
 def _silent(_: Any) -> None: ...
 
 
-def _detached(config: RunnableConfig, manager: BaseCallbackManager) -> RunnableConfig:
+def _unseen(entry: Entry) -> None: ...
+
+
+def _detached(config: RunnableConfig, on_loop: bool) -> RunnableConfig:
     """The config of a node without what ties it to its run: streams, checkpoints, callbacks."""
     conf = config["configurable"]
     own = {
@@ -405,12 +436,15 @@ def _detached(config: RunnableConfig, manager: BaseCallbackManager) -> RunnableC
         if not name.startswith("__pregel_") and name not in _POSITION
     }
     own[BINDING] = conf[BINDING]
+    own[CONFIG_KEY_CHECKPOINTER] = None  # of no graph that the node may call
     runtime = conf.get(CONFIG_KEY_RUNTIME)
     if runtime is not None:
         own[CONFIG_KEY_RUNTIME] = runtime.override(
             stream_writer=_silent, heartbeat=_no_heartbeat, control=None
         )
-    return {**config, "callbacks": manager, "configurable": own}
+    manager = AsyncCallbackManager if on_loop else CallbackManager
+    callbacks = manager([], parent_run_id=uuid.uuid4())
+    return {**config, "callbacks": callbacks, "configurable": own}
 
 
 _POSITION = ("checkpoint_id", "checkpoint_map", "checkpoint_ns")

@@ -79,7 +79,11 @@ class Breaker:
 
 
 class Backend:
-    """One cache, its breakers and its flights; shared by all graphs that use the cache."""
+    """One cache, its breakers and its flights; shared by all graphs that use the cache.
+
+    Attributes:
+        background: the leases of the runs in the background, which any other run may take away.
+    """
 
     deadline = 2.0
     """Seconds an awaited operation may take before the run goes on without it."""
@@ -87,6 +91,7 @@ class Backend:
     def __init__(self, cache: Cache, clock: Callable[[], float] = time.monotonic) -> None:
         self.cache = cache
         self.flights = FlightTable()
+        self.background: dict[FullKey, Lease] = {}
         self.reads = Breaker(clock)
         self.writes = Breaker(clock)
         self.tags = Breaker(clock)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from langgraph.errors import GraphBubbleUp
 
 from langgraph_perf._flight import Disperse, Flight, Landed, TakeOver, Waiter
-from langgraph_perf._gathering import Gathering, depends
+from langgraph_perf._gathering import Gathering, depends, taint
 from langgraph_perf._steps import (
     Acquire,
     Call,
@@ -40,6 +40,7 @@ from langgraph_perf._steps import (
 from langgraph_perf.caches.base import Entry, Lease, timely
 from langgraph_perf.codec import DecodeError, EncodeError
 from langgraph_perf.errors import CacheMiss
+from langgraph_perf.policy import shortest
 
 logger = logging.getLogger("langgraph_perf")
 
@@ -81,7 +82,7 @@ def steps(call: Call) -> Steps:
 def _stored(call: Call, how: Literal["hit", "coalesced"]) -> Generator[Step, Any, Ran | None]:
     if call.unreadable:
         return None
-    entry: Entry | None = yield Read(call.lookup)
+    entry = yield from _freshest(call)
     if entry is None:
         return None
     state = call.state(entry)
@@ -92,11 +93,23 @@ def _stored(call: Call, how: Literal["hit", "coalesced"]) -> Generator[Step, Any
         return None
     served = load(call, entry, "stale")
     if served is not None and call.mode != "only":
-        yield Revalidate(freshness.revalidate)
+        yield Revalidate(call, freshness.revalidate)
     return served
 
 
-How = Literal["hit", "stale", "coalesced"]
+def _freshest(call: Call) -> Generator[Step, Any, Entry | None]:
+    """What is stored; a fresh result in a lower tier rather than a stale one in an upper."""
+    entry: Entry | None = yield Read(call.lookup)
+    freshness = call.freshness
+    if entry is None or freshness is None or not call.backend.cache.layered:
+        return entry
+    if call.state(entry) == "fresh":
+        return entry
+    fresh = yield Read(call.lookup._replace(max_age=shortest(call.max_age, freshness.ttl)))
+    return fresh or entry
+
+
+How = Literal["hit", "stale", "fallback", "coalesced"]
 
 
 def load(call: Call, entry: Entry, how: How) -> Ran | None:
@@ -109,10 +122,14 @@ def load(call: Call, entry: Entry, how: How) -> Ran | None:
             logger.warning("%s: a stored result is not served: %s", call.name, exc)
         return None
     depends(call.backend, entry.deps)
+    if how in ("stale", "fallback"):
+        taint("stale_inside")  # what is made of it would be served as fresh
     if how == "hit":
         call.counters.hit(entry.seconds, entry.tokens)
     elif how == "stale":
         call.counters.stale_hit(entry.seconds, entry.tokens)
+    elif how == "fallback":
+        call.counters.stale_hit(0.0, 0)  # running it cost what it did: nothing was saved
     else:
         call.counters.coalesced(entry.seconds, entry.tokens)
     call.on_hit(entry)
@@ -200,46 +217,52 @@ def _or_stale(call: Call, done: Done) -> Generator[Step, Any, Ran | None]:
     # questions to humans, commands to parents and cancellation are no failures
     if isinstance(done.error, GraphBubbleUp) or not isinstance(done.error, Exception):
         return None
-    entry: Entry | None = yield Read(call.lookup)
+    if done.streamed or call.freshness.retried(done.error):
+        return None
+    entry = yield from _freshest(call)
     if entry is None or call.state(entry) == "over":
         return None
-    logger.warning(
-        "%s: a stale result is served because running it failed: %r", call.name, done.error
-    )
-    return load(call, entry, "stale")
+    if call.state(entry) == "fresh":
+        return load(call, entry, "coalesced")
+    if call.counters.refused("run_failed"):
+        logger.warning(
+            "node %r: a stale result is served because running it failed (logged once): %r",
+            call.name,
+            done.error,
+        )
+    return load(call, entry, "fallback")
 
 
 def revalidation(call: Call) -> Steps:
-    """The steps of one run in the background, unless somebody else is at it already."""
-    flights = call.backend.flights
-    flight, waiter = yield Join(call.key)
-    if flight is None or waiter is not None:
-        if waiter is not None:
-            flights.left(flight, waiter)
-        return Ran(None)
-    verdict: Verdict = "abandon"
-    try:
-        lease: Lease | None = None
-        if call.backend.cache.shared:
-            taken = yield Acquire(call.key)
-            if taken == "busy":
-                return Ran(None)
-            lease = None if taken == "failed" else taken
-        entry: Entry | None = None
-        try:
-            entry = yield Read(call.lookup)
-            if entry is not None and call.state(entry) != "fresh":
-                entry = None
-        finally:
-            if lease is not None and (entry is not None or sys.exc_info()[0] is not None):
-                yield Release(lease)
-        if entry is not None:
-            verdict = entry
+    """The steps of one run in the background, unless another process is at it already.
+
+    It leads no flight: who has nothing to serve does not wait for it, but runs.
+    """
+    background = call.backend.background
+    lease: Lease | None = None
+    if call.backend.cache.shared:
+        taken = yield Acquire(call.key)
+        if taken == "busy":
             return Ran(None)
-        done, verdict = yield from _compute(call, flight, lease)
-        return done
+        lease = None if taken == "failed" else taken
+    entry: Entry | None = None
+    try:
+        entry = yield from _freshest(call)
+        if entry is not None and call.state(entry) != "fresh":
+            entry = None
     finally:
-        _end(call, flight, verdict)
+        if lease is not None and (entry is not None or sys.exc_info()[0] is not None):
+            yield from _release(lease)
+    if entry is not None:
+        return Ran(None)
+    if lease is not None:
+        background[call.key] = lease
+    try:
+        done, _ = yield from _compute(call, None, lease)
+    finally:
+        if background.get(call.key) == lease:
+            background.pop(call.key, None)
+    return done
 
 
 def _lease(call: Call) -> Generator[Step, Any, Lease | Ran | None]:
@@ -251,6 +274,10 @@ def _lease(call: Call) -> Generator[Step, Any, Lease | Ran | None]:
         if taken == "failed":
             return None
         busy = taken == "busy"
+        refreshing = call.backend.background.pop(call.key, None) if busy else None
+        if refreshing is not None:
+            yield Release(refreshing)  # nobody waits for what runs in the background
+            continue
         if busy:
             yield Pause(call.key, pause)
             pause = min(pause * 1.5, longest)
@@ -259,7 +286,7 @@ def _lease(call: Call) -> Generator[Step, Any, Lease | Ran | None]:
             served = yield from _stored(call, "coalesced" if busy else "hit")
         finally:
             if not busy and (served is not None or sys.exc_info()[0] is not None):
-                yield Release(taken)
+                yield from _release(taken)
         if served is not None:
             return served
         if not busy:
@@ -289,6 +316,7 @@ def _compute(
         if deps is not None:
             deps = tuple({**gathering.deps, **dict(deps)}.items())
             depends(call.backend, deps)
+        done.tainted = done.tainted or gathering.tainted
         if gathering.elsewhere:
             done.tainted = done.tainted or "tags_elsewhere"
         elif flight is not None and flight.superseded:
@@ -296,6 +324,11 @@ def _compute(
         entry = _entry(call, done, deps, spent)
         if entry is None:
             return done, "disperse"
+        if call.background:
+            newer = yield from _freshest(call)
+            if newer is not None and newer.created > entry.created - done.seconds:
+                call.counters.refused("superseded")
+                return done, "disperse"
         if (yield Write(call.key, entry, lease)):
             lease = None  # the write gave it back
         else:
@@ -303,7 +336,13 @@ def _compute(
         return done, entry
     finally:
         if lease is not None:
-            yield Release(lease)
+            yield from _release(lease)
+
+
+def _release(lease: Lease) -> Generator[Step, Any, None]:
+    """Give a lease back; one whose event loop is gone for good runs out by itself."""
+    if sys.exc_info()[0] is not GeneratorExit:
+        yield Release(lease)
 
 
 def _entry(

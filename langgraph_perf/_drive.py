@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -29,6 +30,10 @@ from langgraph_perf._steps import (
     Wait,
     Write,
 )
+
+BACKGROUND_LEASE = 300.0
+"""Seconds for which a run in the background keeps other processes from running: it may hang, or its
+event loop may have stopped."""
 
 
 class Caller(NamedTuple):
@@ -91,7 +96,7 @@ def _perform(step: Step, call: Call, body: Callable[[], Ran], caller: Caller) ->
     if type(step) is Tokens:
         return backend.tokens(step.tags)
     if type(step) is Revalidate:
-        return step.run(False)
+        return step.how(step.call, False)
     if type(step) is Write:
         return backend.write(step.key, step.entry, step.lease)
     if type(step) is Acquire:
@@ -133,10 +138,14 @@ async def _aperform(
         return await backend.aread(step.lookup)
     if type(step) is Run:
         with _running(step, call):
+            cancelled = cancellations()
             try:
-                return await body()
+                ran = await body()
             except BaseException as exc:
                 return Raised(exc)
+            if cancellations() > cancelled:
+                ran.tainted = "cancelled"
+            return ran
     if type(step) is Join:
         return backend.flights.join(
             step.key,
@@ -152,7 +161,7 @@ async def _aperform(
     if type(step) is Tokens:
         return await backend.atokens(step.tags)
     if type(step) is Revalidate:
-        return step.run(True)
+        return step.how(step.call, True)
     if type(step) is Write:
         return await backend.awrite(step.key, step.entry, step.lease)
     if type(step) is Acquire:
@@ -180,14 +189,15 @@ def drive_stream(call: Call, open_body: Callable[[], Opened], caller: Caller) ->
         while True:
             try:
                 if type(step) is Run:
-                    streamed = True
                     with _running(step, call):
                         try:
                             chunks, result = open_body()
-                            yield from chunks
+                            for chunk in chunks:
+                                streamed = True
+                                yield chunk
                             answer: Any = result()
                         except BaseException as exc:
-                            answer = Raised(exc)
+                            answer = Raised(exc, streamed)
                 else:
                     answer = _perform(step, call, _never, caller)
             except BaseException as exc:
@@ -197,7 +207,7 @@ def drive_stream(call: Call, open_body: Callable[[], Opened], caller: Caller) ->
     except StopIteration as stop:
         done = stop.value
     value = _value(done)
-    if not streamed:
+    if done.entry is not None:
         yield value
 
 
@@ -212,15 +222,18 @@ async def adrive_stream(
         while True:
             try:
                 if type(step) is Run:
-                    streamed = True
                     with _running(step, call):
+                        cancelled = cancellations()
                         try:
                             chunks, result = open_body()
                             async for chunk in chunks:
+                                streamed = True
                                 yield chunk
                             answer: Any = result()
+                            if cancellations() > cancelled:
+                                answer.tainted = "cancelled"
                         except BaseException as exc:
-                            answer = Raised(exc)
+                            answer = Raised(exc, streamed)
                 else:
                     answer = await _aperform(step, call, _anever, caller)
             except BaseException as exc:
@@ -230,8 +243,15 @@ async def adrive_stream(
     except StopIteration as stop:
         done = stop.value
     value = _value(done)
-    if not streamed:
+    if done.entry is not None:
         yield value
+
+
+def cancellations() -> int:
+    """How often the current task has been asked to end; what swallows that may be incomplete."""
+    # Python 3.10 does not count
+    count = getattr(asyncio.current_task(), "cancelling", None)
+    return 0 if count is None else int(count())
 
 
 @contextmanager
@@ -241,7 +261,8 @@ def _running(step: Run, call: Call) -> Iterator[None]:
     flights = held_flights.set((*call.held, step.flight) if step.flight else call.held)
     gathering = gatherings.set((*gatherings.get(), step.gathering))
     if step.lease is not None:
-        _heartbeat.keep(call.backend.cache, step.lease)
+        limit = BACKGROUND_LEASE if call.background else math.inf
+        _heartbeat.keep(call.backend.cache, step.lease, limit)
     if step.flight is not None:
         call.suspects.append(step.flight)
     try:

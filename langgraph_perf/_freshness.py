@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from langgraph_perf.caches.base import Entry
 
@@ -19,14 +19,17 @@ class Freshness:
         ttl: how long a result is fresh.
         while_revalidate: how much longer it may be served while ``revalidate`` runs.
         if_error: how much longer it may be served if running the node fails.
-        revalidate: computes the result again, in the background; the argument says whether the
-            caller runs on an event loop. ``None``: a result is computed again by its first caller.
+        revalidate: computes the result of a call again, in the background; told the call, and
+            whether the caller runs on an event loop. ``None``: a result is computed again by its
+            first caller.
+        retried: whether the node will be run again after this error.
     """
 
     ttl: float
     while_revalidate: float
     if_error: float
-    revalidate: Callable[[bool], None] | None
+    revalidate: Callable[[Any, bool], None] | None
+    retried: Callable[[Exception], bool]
 
     @property
     def grace(self) -> float:

@@ -15,14 +15,16 @@ class Gathering:
         deps: tag ids and the tokens they had when the inner results came to be.
         elsewhere: whether an inner result depends on tags of another cache, which nothing here
             can check.
+        tainted: why what the body makes of the inner results must not be stored.
     """
 
-    __slots__ = ("_backend", "deps", "elsewhere")
+    __slots__ = ("_backend", "deps", "elsewhere", "tainted")
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.deps: dict[str, str] = {}
         self.elsewhere = False
+        self.tainted: str | None = None
 
     def add(self, backend: Backend, deps: Iterable[tuple[str, str]]) -> None:
         """An inner call on ``backend`` used something that depends on ``deps``."""
@@ -41,3 +43,9 @@ def depends(backend: Backend, deps: Iterable[tuple[str, str]]) -> None:
     """What is being computed now depends on ``deps``."""
     for gathering in gatherings.get():
         gathering.add(backend, deps)
+
+
+def taint(reason: str) -> None:
+    """What is being computed now uses something for which it must not be stored."""
+    for gathering in gatherings.get():
+        gathering.tainted = gathering.tainted or reason

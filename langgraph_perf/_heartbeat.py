@@ -8,6 +8,7 @@ turns out to be lost is dropped, and the fence in ``Cache.write`` keeps its late
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -21,12 +22,12 @@ logger = logging.getLogger("langgraph_perf")
 class _Keeper:
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._held: dict[str, tuple[Cache, Lease, float]] = {}
+        self._held: dict[str, tuple[Cache, Lease, float, float]] = {}
         self._thread: threading.Thread | None = None
 
-    def keep(self, cache: Cache, lease: Lease) -> None:
+    def keep(self, cache: Cache, lease: Lease, ends: float) -> None:
         with self._changed:
-            self._held[lease.token] = (cache, lease, _due(cache))
+            self._held[lease.token] = (cache, lease, _due(cache), ends)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name="langgraph-perf-leases", daemon=True
@@ -51,15 +52,15 @@ class _Keeper:
                         self._thread = None
                         return
                 now = time.monotonic()
-                next_due = min(due for _, _, due in self._held.values())
+                next_due = min(due for _, _, due, _ in self._held.values())
                 if next_due > now:
                     self._changed.wait(next_due - now)
                     continue
-                due_now = [(c, lease) for c, lease, due in self._held.values() if due <= now]
-            for cache, lease in due_now:
+                due_now = [held for held in self._held.values() if held[2] <= now]
+            for cache, lease, _, ends in due_now:
                 renewed: Any = lease
                 try:
-                    renewed = cache.renew(lease)
+                    renewed = cache.renew(lease) if now < ends else None
                 except Exception:
                     # kept: the backend may be back at the next beat, before the lease runs out
                     logger.debug("lease of %s could not be renewed", lease.key, exc_info=True)
@@ -68,7 +69,7 @@ class _Keeper:
                         if renewed is None:
                             del self._held[lease.token]
                         else:
-                            self._held[lease.token] = (cache, renewed, _due(cache))
+                            self._held[lease.token] = (cache, renewed, _due(cache), ends)
 
 
 def _due(cache: Cache) -> float:
@@ -78,9 +79,9 @@ def _due(cache: Cache) -> float:
 _keeper = _Keeper()
 
 
-def keep(cache: Cache, lease: Lease) -> None:
-    """Renew ``lease`` until ``drop``."""
-    _keeper.keep(cache, lease)
+def keep(cache: Cache, lease: Lease, seconds: float = math.inf) -> None:
+    """Renew ``lease`` until ``drop``, at most for so many seconds."""
+    _keeper.keep(cache, lease, time.monotonic() + seconds)
 
 
 def drop(lease: Lease) -> None:

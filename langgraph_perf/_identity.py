@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from langgraph.types import RetryPolicy
 
 from langgraph_perf import keys
 from langgraph_perf._binding import Binding
@@ -48,6 +50,7 @@ class NodeSpec:
             and then it runs uncached.
         has_subgraph: whether the node contains a graph that may be resumed inside it.
         native_async: whether its body runs on the event loop, when there is one.
+        retry: when LangGraph runs it again.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class NodeSpec:
         self.code: str | None = None
         self.has_subgraph = False
         self.native_async = False
+        self.retry: Sequence[RetryPolicy] = ()
         self.namespace = (NAMESPACE, graph, name)
         self.counters = NodeCounters()
         self._warned: set[str] = set()
@@ -115,6 +119,8 @@ def call_key(
             except Exception as exc:
                 message = f"vary={name!r} raised {type(exc).__name__}: {exc}"
                 raise Uncached("vary_raised", message) from None
+            if value is _MISSING:
+                spec.warn(f"vary={name!r} names nothing that this run has: the result is shared")
             parts.append((name, () if value is _MISSING else (value,)))
     keyed = {name: use.want(state).key for name, use in spec.uses.items() if use.key is not None}
     if keyed:

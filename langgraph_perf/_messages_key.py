@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from hashlib import sha256
+from itertools import repeat
 from operator import getitem, is_
 from typing import Any, ClassVar, NamedTuple
 
@@ -225,7 +226,8 @@ def _conversation(messages: list[Any], depth: int) -> _Said | None:
         return None
     # segments never change, because other threads may be reading them
     new, said = _absorb(messages, start, _Said(said.hash.copy(), said.ids.copy()), depth)
-    if new.owns:
+    # with itself among the messages, the first one would be kept alive by what is remembered of it
+    if new.owns and not any(map(is_, new.messages, repeat(messages[0]))):
         _conversations.put(messages[0], _merged((*known[:count], new)))
     return said
 

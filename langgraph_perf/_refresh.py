@@ -7,97 +7,117 @@ import contextvars
 import os
 import threading
 from collections.abc import Callable, Coroutine, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-WORKERS = 4
-WAITING = 64
-"""So many wait for a worker; what is beyond is left to a later call."""
+MOST_THREADS = 8
+MOST_TASKS = 64
+"""What is beyond is left to a later call."""
 
 
 class Refreshes:
     """The runs in the background that one graph's calls have started: one for each key.
 
-    Those of blocking calls run in threads of their own, those of tasks as tasks of the same event
-    loop, because what a node uses may belong to the loop. None outlives ``close``.
+    Nodes that run on the event loop are refreshed in tasks of it, because what they use may belong
+    to it; all others in daemon threads, so that a program can end. None outlives ``close``.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._running: dict[Hashable, Future[None] | asyncio.Task[None]] = {}
-        self._executor: ThreadPoolExecutor | None = None
+        self._running: dict[Hashable, threading.Thread | asyncio.Task[None] | None] = {}
         self._closed = False
         self._pid = os.getpid()
 
     def start(self, key: Hashable, run: Callable[[], None]) -> None:
         """Run in a thread, unless ``key`` is being refreshed; ``run`` raises nothing."""
-        with self._lock:
-            if not self._admits(key):
-                return
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(
-                    WORKERS, thread_name_prefix="langgraph-perf-refresh"
-                )
-            context = contextvars.copy_context()
+        context = contextvars.copy_context()
+
+        def work() -> None:
             try:
-                future = self._executor.submit(context.run, run)
-            except RuntimeError:  # the interpreter is shutting down
-                return
-            self._running[key] = future
-        future.add_done_callback(lambda _: self._done(key))
+                context.run(run)
+            finally:
+                self._done(key)
+
+        thread = threading.Thread(target=work, name="langgraph-perf-refresh", daemon=True)
+        if not self._admits(key, thread):
+            return
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads, or the interpreter is shutting down
+            self._done(key)
 
     def start_task(self, key: Hashable, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run in a task of the running loop, unless ``key`` is being refreshed."""
-        with self._lock:
-            if not self._admits(key):
-                return
-            task = asyncio.get_running_loop().create_task(run())
-            self._running[key] = task
-        task.add_done_callback(lambda _: self._done(key))
+        if not self._admits(key, None):
+            return
 
-    def _admits(self, key: Hashable) -> bool:
+        async def work() -> None:
+            await asyncio.sleep(0)  # not one step of it in the caller's turn (eager tasks)
+            await run()
+
+        # outside the lock: whoever makes the tasks of this loop may run any code
+        task = asyncio.get_running_loop().create_task(work())
+        task.add_done_callback(lambda _: self._done(key))
+        with self._lock:
+            if key in self._running:
+                self._running[key] = task
+            if self._closed:
+                task.cancel()
+
+    def _admits(self, key: Hashable, run: threading.Thread | None) -> bool:
+        """Whether ``key`` may be refreshed now; then it is noted that it is."""
         if self._pid != os.getpid():  # the threads and loops stayed with the parent
-            self._pid, self._running, self._executor = os.getpid(), {}, None
-        running = self._running.get(key)
-        if isinstance(running, asyncio.Task) and running.get_loop().is_closed():
-            del self._running[key]
-        return not (self._closed or key in self._running or len(self._running) >= WAITING)
+            self._lock, self._running, self._pid = threading.Lock(), {}, os.getpid()
+        with self._lock:
+            for known, running in list(self._running.items()):
+                # a loop that has stopped may never go on
+                if isinstance(running, asyncio.Task) and not running.get_loop().is_running():
+                    del self._running[known]
+            threads = sum(isinstance(r, threading.Thread) for r in self._running.values())
+            full = (
+                threads >= MOST_THREADS
+                if run is not None
+                else len(self._running) - threads >= MOST_TASKS
+            )
+            if self._closed or full or key in self._running:
+                return False
+            self._running[key] = run
+            return True
 
     def _done(self, key: Hashable) -> None:
         with self._lock:
             self._running.pop(key, None)
 
     def close(self) -> None:
-        """Cancel what has not begun and what runs in tasks, and wait for what runs in threads."""
-        executor = self._close()
-        if executor is not None:
-            executor.shutdown(wait=True, cancel_futures=True)
+        """Cancel what runs in tasks, and wait for what runs in threads."""
+        for run in self._close():
+            if isinstance(run, threading.Thread) and run is not threading.current_thread():
+                run.join()
 
     async def aclose(self) -> None:
         """Like ``close``, without blocking the event loop; waits for its own tasks too."""
-        with self._lock:
-            tasks = [
-                task
-                for task in self._running.values()
-                if isinstance(task, asyncio.Task)
-                and task.get_loop() is asyncio.get_running_loop()
-                and task is not asyncio.current_task()
-            ]
-        executor = self._close()
+        running = self._close()
+        loop = asyncio.get_running_loop()
+        tasks = [
+            run
+            for run in running
+            if isinstance(run, asyncio.Task)
+            and run.get_loop() is loop
+            and run is not asyncio.current_task()
+        ]
         if tasks:
             await asyncio.wait(tasks)
-        if executor is not None:
-            await asyncio.to_thread(executor.shutdown, wait=True, cancel_futures=True)
+        await asyncio.to_thread(self.close)
 
-    def _close(self) -> ThreadPoolExecutor | None:
+    def _close(self) -> list[threading.Thread | asyncio.Task[None] | None]:
+        if self._pid != os.getpid():
+            return []
         with self._lock:
             self._closed = True
             running = list(self._running.values())
-            executor, self._executor = self._executor, None
         for run in running:
-            if isinstance(run, asyncio.Task) and not run.get_loop().is_closed():
-                run.get_loop().call_soon_threadsafe(run.cancel)
-        inherited = self._pid != os.getpid()
-        if threading.current_thread().name.startswith("langgraph-perf-refresh"):
-            return None  # it would wait for itself
-        return None if inherited else executor
+            if isinstance(run, asyncio.Task):
+                try:
+                    run.get_loop().call_soon_threadsafe(run.cancel)
+                except RuntimeError:  # its loop is closed: it does not run any more
+                    continue
+        return running

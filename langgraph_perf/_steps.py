@@ -37,6 +37,7 @@ class Call:
         suspects: flights that the call may be part of without knowing; its own joins them.
         looked: whether the caller has looked the key up, in vain, a moment ago.
         unreadable: whether what is stored could not be read back.
+        background: whether nobody waits for the result; then its lease is not kept for ever.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Call:
     suspects: list[Flight] = field(default_factory=list)
     looked: bool = False
     unreadable: bool = False
+    background: bool = False
 
     @property
     def lookup(self) -> Lookup:
@@ -83,9 +85,10 @@ class Read(NamedTuple):
 
 
 class Revalidate(NamedTuple):
-    """See to it that the body runs again, in the background."""
+    """See to it that the body of ``call`` runs again, in the background."""
 
-    run: Callable[[bool], None]
+    call: Call
+    how: Callable[[Call, bool], None]
 
 
 class Tokens(NamedTuple):
@@ -158,9 +161,10 @@ class Ran:
 
 
 class Raised(NamedTuple):
-    """The body raised."""
+    """The body raised; ``streamed``: after the caller had been given a part of its result."""
 
     error: BaseException
+    streamed: bool = False
 
 
 Step = Read | Revalidate | Tokens | Join | Wait | Acquire | Pause | Run | Write | Release

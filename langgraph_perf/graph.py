@@ -20,11 +20,12 @@ from langgraph.typing import ContextT, InputT, OutputT, StateT
 from typing_extensions import Self
 
 from langgraph_perf._binding import BINDING, Binding, ambient, make_binding
+from langgraph_perf._gathering import taint
 from langgraph_perf._identity import NodeSpec
 from langgraph_perf.codec import Allowlist, types_in
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.keys import Unkeyable
-from langgraph_perf.leases import parse_resources
+from langgraph_perf.leases import needs, parse_resources
 from langgraph_perf.node import CachedNode, CachedSeq
 from langgraph_perf.perf import Perf
 from langgraph_perf.policy import CachePolicy
@@ -169,7 +170,22 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         self._wrap_nodes(graph)
         graph._perf.check_tags()
         graph._perf.check_resources()
+        graph._perf.family = [inner.perf for _, inner in graph._perf._graphs()]
+        for name in registry or ():
+            self._check_forgotten(graph, name)
         return graph
+
+    def _check_forgotten(self, graph: CompiledGraph[Any, Any, Any, Any], resource: str) -> None:
+        """Refuse nodes that would fail for want of a resource which is there."""
+        for name, node in graph.nodes.items():
+            bound = node.bound
+            function = getattr(bound, "func", None) or getattr(bound, "afunc", None)
+            if name not in self._uses and function is not None and needs(function, resource):
+                raise ConfigurationError(
+                    f"node {name!r} has the parameter {resource!r}, as has a resource, but does "
+                    f"not ask for it; accepted: add_node(..., resources=[{resource!r}]), or a "
+                    "default for the parameter"
+                )
 
     def _wrap_nodes(self, graph: CompiledGraph[Any, Any, Any, Any]) -> None:
         allowed: Allowlist | None = None
@@ -183,6 +199,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
             spec = NodeSpec(graph.name, name, policy, uses, allowed)
             spec.has_subgraph = bool(node.subgraphs)
             spec.native_async = _runnable_has_native_async(node.bound)
+            spec.retry = node.retry_policy or graph.retry_policy or ()
             if policy is not None:
                 self._check_policy(name, policy)
                 if policy.stale_while_revalidate and spec.has_subgraph:
@@ -318,6 +335,9 @@ class CompiledGraph(
         if not merged and self.checkpointer:
             # LangGraph's error for a forgotten thread_id looks for an empty configurable
             return config
+        overridden = any(inner.overridden for inner in perf.family)
+        if overridden or (parent is not None and parent.overridden):
+            taint("overridden")  # and so is what a graph around this one makes of it
         binding = make_binding(
             perf.backend,
             perf.items,
@@ -326,7 +346,7 @@ class CompiledGraph(
             parent,
             merged,
             blocking=blocking,
-            overridden=perf.overridden,
+            overridden=overridden,
         )
         if parent is None and binding.control.nodes:
             perf.check_control(binding.control)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,7 +16,7 @@ from langchain_core.runnables.config import var_child_runnable_config
 from langgraph_perf import codec, keys
 from langgraph_perf._backend import Backend
 from langgraph_perf._binding import BINDING, Binding
-from langgraph_perf._drive import Caller, adrive, drive
+from langgraph_perf._drive import Caller, adrive, cancellations, drive
 from langgraph_perf._flight import Flight, held_flights
 from langgraph_perf._gathering import depends
 from langgraph_perf._steps import Call, Ran
@@ -106,16 +107,17 @@ class ItemCache:
             ttl: how long the value may be served, in seconds or as a ``timedelta``.
             tags: names it depends on, for ``cache.invalidate``.
         """
+        _require_callable("get_or_set(compute=)", compute)
         call = self._call(key, ttl, tags)
         if call is None:
-            return compute()
+            return _not_awaitable(compute())
 
         watch = Watch()
 
         def body() -> Ran:
             with self._watched(watch):
                 started = time.perf_counter()
-                value = compute()
+                value = _not_awaitable(compute())
             return Ran(value, time.perf_counter() - started, watch.taint)
 
         return drive(call, body, _CALLER)  # type: ignore[no-any-return]
@@ -129,6 +131,7 @@ class ItemCache:
         tags: Sequence[str] = (),
     ) -> T:
         """Like ``get_or_set``, awaiting ``compute()``."""
+        _require_callable("aget_or_set(compute=)", compute)
         call = self._call(key, ttl, tags)
         if call is None:
             return await compute()
@@ -189,8 +192,10 @@ class ItemCache:
             tokens = await self._backend.atokens(batch.tags) if self._backend and batch.tags else ()
             started = time.perf_counter()
             missing = batch.missing_keys()
+            cancelled = cancellations()
             with self._watched(batch.watch):
                 values = await compute_many(missing)
+            batch.watch.asked |= cancellations() > cancelled  # they may be incomplete
             for lookup, entry in batch.computed(values, tokens, time.perf_counter() - started):
                 assert self._backend is not None
                 await self._backend.awrite(lookup.key, entry, None)
@@ -254,6 +259,23 @@ class ItemCache:
             return None
         max_age = shortest(ttl, self._control.ttl)  # type: ignore[arg-type]
         return Lookup(((NAMESPACE, self.namespace), digest), tags, max_age)
+
+
+def _require_callable(where: str, compute: object) -> None:
+    if not callable(compute):
+        raise ConfigurationError(
+            f"{where}: got {compute!r}; accepted: a function, which is called on a miss"
+        )
+
+
+def _not_awaitable(value: T) -> T:
+    if inspect.iscoroutine(value):
+        value.close()
+        raise ConfigurationError(
+            "get_or_set(compute=): got a coroutine function; accepted: a plain function, or "
+            "aget_or_set in async code"
+        )
+    return value
 
 
 class _Batch:

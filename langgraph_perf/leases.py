@@ -109,6 +109,22 @@ def parse_resources(
     return uses
 
 
+def needs(function: Any, parameter: str) -> bool:
+    """Whether ``function`` cannot be called as a node without an argument for ``parameter``."""
+    try:
+        parameters = dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return False
+    found = parameters.get(parameter)
+    return (
+        found is not None
+        and found.kind in _CAN_BE_NAMED
+        and found.default is inspect.Parameter.empty
+        and parameter != next(iter(parameters))
+        and parameter not in _LANGGRAPHS_OWN
+    )
+
+
 def _check_parameters(where: str, function: Any, uses: Mapping[str, Use]) -> None:
     if isinstance(function, Runnable) or not callable(function):
         raise ConfigurationError(

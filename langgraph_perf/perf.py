@@ -21,7 +21,7 @@ from langgraph_perf.stats import ItemCounters, NodeStats, Stats
 
 if TYPE_CHECKING:
     from langgraph_perf.graph import CompiledGraph
-    from langgraph_perf.resources import Registry
+    from langgraph_perf.resources import Registry, Resource
 
 
 class Perf:
@@ -36,7 +36,9 @@ class Perf:
         self._graph = graph
         self._overriding = threading.Lock()
         self.registry = registry
-        self.overridden = False
+        self.family: list[Perf] = [self]
+        self._compiled_with = registry
+        self._overrides: list[dict[str, Resource[Any]]] = []
         self.specs: dict[str, NodeSpec] = {}
         self.items = ItemCounters()
         self.refreshes = Refreshes()
@@ -71,29 +73,45 @@ class Perf:
         replacement makes would be stored for those who come after the test.
 
         Args:
-            resources: by name, resources or any other objects, which are then leased as they are.
+            resources: by name, resources or any other objects, which are then leased as they are
+                (in the place of a ``Keyed``, for every key).
 
         Raises:
             ConfigurationError: the graph has no resource of that name.
         """
-        from langgraph_perf.resources import Registry, Resource, Shared
+        from langgraph_perf.resources import Keyed, Registry, Resource, Shared
 
         with self._overriding:
-            before, already = self.registry, self.overridden
-            known = before if before is not None else Registry()
-            for name in resources:
-                known.find(name)
-            made = {
-                name: value if isinstance(value, Resource) else Shared(partial(_same, value))
-                for name, value in resources.items()
-            }
-            self.registry = Registry({**known, **made})
-            self.overridden = True
+            known = self.registry if self.registry is not None else Registry()
+            made: dict[str, Resource[Any]] = {}
+            for name, value in resources.items():
+                replaced = known.find(name)
+                if isinstance(value, Resource):
+                    made[name] = value
+                elif isinstance(replaced, Keyed):
+                    made[name] = Keyed(partial(_same, value))
+                else:
+                    made[name] = Shared(partial(_same, value))
+            self._overrides.append(made)
+            self._override(Registry)
         try:
             yield
         finally:
             with self._overriding:
-                self.registry, self.overridden = before, already
+                # not the last one, if the blocks of several threads overlap
+                self._overrides = [other for other in self._overrides if other is not made]
+                self._override(Registry)
+
+    def _override(self, registry: type[Registry]) -> None:
+        registered: dict[str, Any] = dict(self._compiled_with or {})
+        for made in self._overrides:
+            registered.update(made)
+        self.registry = registry(registered) if self._overrides else self._compiled_with
+
+    @property
+    def overridden(self) -> bool:
+        """Whether resources are replaced now."""
+        return bool(self._overrides)
 
     def close(self) -> None:
         """End what runs in the background, and close the graph's resources: what is idle now, what
@@ -101,15 +119,16 @@ class Perf:
 
         The cache, which other graphs may share, is its maker's to close.
         """
-        self.refreshes.close()
+        # first: who waits for a resource in the background is told
         if self.registry is not None:
             self.registry.close()
+        self.refreshes.close()
 
     async def aclose(self) -> None:
         """Like ``close``, without blocking the event loop."""
-        await self.refreshes.aclose()
         if self.registry is not None:
             await self.registry.aclose()
+        await self.refreshes.aclose()
 
     def _graphs(self) -> Iterator[tuple[str, CompiledGraph[Any, Any, Any, Any]]]:
         yield "", self._graph
@@ -184,5 +203,5 @@ class Perf:
         return [self.specs[name].namespace for name in names if name in self.specs]
 
 
-def _same(value: Any) -> Any:
+def _same(value: Any, *key: Any) -> Any:
     return value

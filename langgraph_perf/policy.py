@@ -91,7 +91,7 @@ class CachePolicy:
                 f"CachePolicy.jitter: got {self.jitter!r}; accepted: a fraction from 0 to 1"
             )
         for name in ("stale_while_revalidate", "stale_if_error"):
-            limit = seconds(f"CachePolicy.{name}", getattr(self, name))
+            limit = seconds(f"CachePolicy.{name}", getattr(self, name), "None for not at all")
             if limit is not None and self.ttl is None:
                 raise ConfigurationError(
                     f"CachePolicy.{name}: got {limit!r} without a ttl, and what never expires is "
@@ -244,8 +244,8 @@ def _parse(given: Any, where: str, base: CacheControl | None = None) -> CacheCon
         raise ConfigurationError(str(exc).replace("cache_control", where, 1)) from None
 
 
-def seconds(name: str, value: Any) -> float | None:
-    """``value`` as a positive number of seconds, or ``None``."""
+def seconds(name: str, value: Any, none: str = "None for no limit") -> float | None:
+    """``value`` as a positive number of seconds, or ``None``; ``none`` says what that means."""
     if value is None:
         return None
     if isinstance(value, timedelta):
@@ -253,7 +253,7 @@ def seconds(name: str, value: Any) -> float | None:
     if not _number(value) or not 0 < value < math.inf:
         raise ConfigurationError(
             f"{name}: got {value!r}; accepted: a positive number of seconds, a positive timedelta, "
-            "or None for no limit"
+            f"or {none}"
         )
     return value  # type: ignore[no-any-return]
 

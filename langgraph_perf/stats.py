@@ -21,11 +21,13 @@ class NodeStats:
 
     Attributes:
         hits: calls answered from the cache.
-        stale_hits: calls answered by a result past its ``ttl``; they are not among the hits.
+        stale_hits: calls answered by a result past its ``ttl``; they are not among the hits. So
+            many of them as the refusal ``"run_failed"`` counts stood in for an error.
         misses: calls for which the node had to run.
         coalesced: calls answered by a run of the same key that was already under way.
         runs: how often the node's body ran, cached or not.
-        refusals: results that were not stored, or calls that went uncached, by reason.
+        refusals: runs that failed where a stale result was at hand, results that were not stored,
+            and calls that went uncached, by reason.
         seconds_saved: time the answered calls would have taken, by what their runs took.
         tokens_saved: language-model tokens they would have spent.
         seconds_spent: time the runs took.

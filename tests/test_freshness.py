@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import subprocess
+import sys
+import textwrap
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +22,7 @@ from langgraph.config import get_stream_writer
 from langgraph.errors import GraphInterrupt
 from langgraph.graph import START
 from langgraph.runtime import Runtime
-from langgraph.types import interrupt
+from langgraph.types import RetryPolicy, interrupt
 from typing_extensions import TypedDict
 
 from langgraph_perf import (
@@ -185,11 +190,14 @@ async def test_an_error_is_answered_with_the_stale_result(
     clock.advance(11)
     node.error = ConnectionError("the model is down")
     assert await ask() == 1
-    assert "the model is down" in caplog.text
-    assert graph.perf.stats().nodes["node"].stale_hits == 1
+    assert await ask() == 1
+    assert caplog.text.count("the model is down") == 1
+    stats = graph.perf.stats().nodes["node"]
+    assert (stats.stale_hits, stats.refusals) == (2, {"run_failed": 2})
+    assert stats.seconds_saved == 0
     node.error = None
-    assert await ask() == 3
-    assert await ask() == 3
+    assert await ask() == 4
+    assert await ask() == 4
     clock.advance(71)
     node.error = ConnectionError("the model is down")
     with pytest.raises(ConnectionError):
@@ -285,8 +293,8 @@ def test_an_invalidation_reaches_a_refresh_under_way(timed: Cache, clock: Clock)
     assert graph.invoke(ASK)["answer"] == 3
 
 
-def test_an_input_that_the_graph_has_changed_since_is_not_stored(clock: Clock) -> None:
-    """A refresh reads the input while the graph goes on with it."""
+def test_a_refresh_has_an_input_of_its_own(clock: Clock) -> None:
+    """The graph goes on with the other one, and neither sees what the other changes."""
     gate = threading.Event()
     runs: list[int] = []
 
@@ -305,9 +313,25 @@ def test_an_input_that_the_graph_has_changed_since_is_not_stored(clock: Clock) -
     items.append("b")
     gate.set()
     until(lambda: idle(graph))
-    assert graph.perf.stats().nodes["node"].refusals == {"input_changed": 1}
     assert graph.invoke({"items": ["a"]})["answer"] == ["a"]
-    until(lambda: idle(graph))
+    assert len(runs) == 2
+
+
+def test_an_input_that_cannot_be_copied_is_not_refreshed(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stale result is served as long as it may, and then the caller runs the node."""
+    node = Node()
+    policy = replace(STALE, key=["query"])
+    graph = build(node, MemoryCache(clock=clock), policy)
+    asked = {"query": "q", "items": [threading.Lock()]}
+    graph.invoke(asked)
+    clock.advance(11)
+    assert graph.invoke(asked)["answer"] == 1
+    assert idle(graph)
+    assert "cannot be copied" in caplog.text
+    clock.advance(70)
+    assert graph.invoke(asked)["answer"] == 2
 
 
 @dataclass
@@ -566,3 +590,369 @@ def test_windows_are_positive_numbers_of_seconds(name: str, value: Any) -> None:
         CachePolicy(ttl=10, **{name: value})
     with pytest.raises(ConfigurationError, match=f"CachePolicy.{name}.*without a ttl"):
         CachePolicy(**{name: 10})
+
+
+# -- what a review found --------------------------------------------------------------------------
+
+
+def test_a_refresh_writes_to_no_thread(clock: Clock) -> None:
+    """Not even where the node calls a graph with a checkpointer of which nobody can know."""
+    saver = InMemorySaver()
+    inner = StateGraph(State)
+    inner.add_node("inner", lambda state: {"answer": "inner"})
+    agents = {"a": inner.add_edge(START, "inner").compile(checkpointer=saver)}
+    runs: list[int] = []
+
+    def node(state: State) -> State:
+        runs.append(1)
+        return {"answer": agents["a"].invoke({"query": "for the inner one"})["answer"]}
+
+    policy = replace(STALE, key=["query"])
+    graph = build(node, MemoryCache(clock=clock), policy, checkpointer=saver)
+    config: Any = {"configurable": {"thread_id": "t"}}
+    graph.invoke(ASK, config)
+    clock.advance(11)
+    graph.invoke(ASK, config)
+    until(lambda: idle(graph))
+    assert len(runs) == 2
+    state = graph.get_state(config)
+    assert (state.values["query"], state.next) == ("q", ())
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_stale_result_in_the_place_of_an_error_is_streamed_whole(
+    clock: Clock, is_async: bool
+) -> None:
+    """If a part of the failed run was given out before, the error is."""
+    node = Node()
+    graph = build(node.awaited if is_async else node, MemoryCache(clock=clock), PATIENT)
+
+    async def events() -> list[Any]:
+        return [
+            event["data"]["chunk"]
+            async for event in graph.astream_events(ASK, version="v2")
+            if event["event"] == "on_chain_stream" and event["name"] == "LangGraph"
+        ]
+
+    assert await events() == [{"node": {"answer": 1}}]
+    clock.advance(11)
+    node.error = ConnectionError("down")
+    assert await events() == [{"node": {"answer": 1}}]
+
+
+def test_a_part_of_a_failed_run_is_no_result(clock: Clock) -> None:
+    """A node that had streamed something when it failed fails, stale result or not."""
+    from langchain_core.runnables import RunnableGenerator
+
+    failing = threading.Event()
+
+    async def chunks(inputs: AsyncIterator[Any]) -> AsyncIterator[dict[str, str]]:
+        async for _ in inputs:
+            yield {"answer": "The dose is 1"}
+            if failing.is_set():
+                raise ConnectionError("down")
+            yield {"answer": "00 mg"}
+
+    builder = StateGraph(State)
+    builder.add_node("node", RunnableGenerator(chunks), cache_policy=PATIENT)
+    graph = builder.add_edge(START, "node").compile(cache=MemoryCache(clock=clock))
+
+    async def run() -> None:
+        async for _ in graph.astream_events(ASK, version="v2"):
+            pass
+
+    asyncio.run(run())
+    clock.advance(11)
+    failing.set()
+    with pytest.raises(ConnectionError):
+        asyncio.run(run())
+
+
+def test_a_hung_refresh_keeps_nobody_waiting(timed: Cache, clock: Clock) -> None:
+    """Who has nothing to serve runs the node, whatever hangs in the background."""
+    node = Node()
+    graph = build(node, timed)
+    graph.invoke(ASK)
+    clock.advance(11)
+    node.gate.clear()
+    graph.invoke(ASK)
+    until(lambda: node.runs == 2)
+    hung, node.gate = node.gate, threading.Event()
+    node.gate.set()
+    clock.advance(61)
+    assert graph.invoke(ASK)["answer"] == 3
+    hung.set()
+    until(lambda: idle(graph))
+    assert graph.invoke(ASK)["answer"] == 3  # the older run is not stored over the newer one
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_loop_that_has_stopped_keeps_nobody_waiting(
+    timed: Cache, clock: Clock, closed: bool
+) -> None:
+    """Its refreshes never end; others run instead."""
+    node = Node()
+    graph = build(node.awaited, timed)
+    asyncio.run(graph.ainvoke(ASK))
+    clock.advance(11)
+    node.gate.clear()
+
+    async def ask() -> None:
+        await graph.ainvoke(ASK)
+        await auntil(lambda: node.runs == 2)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(ask())
+    tasks = asyncio.all_tasks(loop)
+    if closed:
+        loop.close()
+    node.gate.set()
+    clock.advance(61)
+    assert asyncio.run(graph.ainvoke(ASK))["answer"] == 3
+    clock.advance(11)
+
+    async def again() -> Any:
+        answer = (await graph.ainvoke(ASK))["answer"]
+        await auntil(lambda: idle(graph))
+        return answer
+
+    assert asyncio.run(again()) == 3
+    assert node.runs == 4
+    if not closed:
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.close()
+    else:
+        for task in tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+
+async def test_a_sync_node_is_refreshed_in_a_thread(clock: Clock) -> None:
+    """``aclose`` waits for it: a task could be cancelled, its thread could not."""
+    node = Node()
+    graph = build(node, MemoryCache(clock=clock))
+    await graph.ainvoke(ASK)
+    clock.advance(11)
+    node.gate.clear()
+    await graph.ainvoke(ASK)
+    await auntil(lambda: node.runs == 2)
+    closing = asyncio.create_task(graph.perf.aclose())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not closing.done()
+    node.gate.set()
+    await closing
+    assert idle(graph)
+
+
+def test_a_program_ends_while_a_refresh_hangs() -> None:
+    """What runs in the background keeps no interpreter alive."""
+    code = """
+        import threading
+        from langgraph.graph import START
+        from langgraph_perf import CachePolicy, MemoryCache, StateGraph
+        from langgraph_perf.testing import Clock
+        runs, clock = [], Clock()
+        started = threading.Event()
+        def node(state):
+            runs.append(1)
+            if len(runs) > 1:
+                started.set()
+                threading.Event().wait(60)
+            return {"x": 1}
+        policy = CachePolicy(ttl=10, stale_while_revalidate=60, version=1)
+        builder = StateGraph(dict)
+        builder.add_node("node", node, cache_policy=policy)
+        graph = builder.add_edge(START, "node").compile(cache=MemoryCache(clock=clock))
+        graph.invoke({"q": 1})
+        clock.advance(11)
+        graph.invoke({"q": 1})
+        assert started.wait(20)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=40)
+
+
+def test_a_fresh_result_below_comes_before_a_stale_one_above(tmp_path: Path, clock: Clock) -> None:
+    """What another process has computed is used rather than computed again."""
+    node, other = Node(), Node()
+    with DiskCache(tmp_path, clock=clock) as disk, DiskCache(tmp_path, clock=clock) as disk2:
+        graph = build(node, TieredCache(MemoryCache(clock=clock), disk))
+        graph2 = build(other, TieredCache(MemoryCache(clock=clock), disk2), PATIENT)
+        graph.invoke(ASK)
+        assert graph2.invoke(ASK)["answer"] == 1
+        clock.advance(11)
+        graph.invoke(ASK)
+        until(lambda: idle(graph))
+        assert node.runs == 2
+        assert graph2.invoke(ASK)["answer"] == 2
+        assert other.runs == 0
+        graph.cache.close()
+        graph2.cache.close()
+
+
+def test_listeners_of_the_run_hear_nothing_of_a_refresh(clock: Clock) -> None:
+    """Not those in LangChain's context variables either, which others may pay by."""
+    from langchain_core.callbacks import get_usage_metadata_callback
+    from langchain_core.language_models import FakeMessagesListChatModel
+    from langchain_core.messages import AIMessage
+
+    usage = {"input_tokens": 1, "output_tokens": 1, "total_tokens": 2}
+    metadata = {"model_name": "m"}
+    said = AIMessage("a", usage_metadata=usage, response_metadata=metadata)  # type: ignore[arg-type]
+    model = FakeMessagesListChatModel(responses=[said])
+    graph = build(lambda state: {"answer": model.invoke("q").content}, MemoryCache(clock=clock))
+    graph.invoke(ASK)
+    clock.advance(11)
+    with get_usage_metadata_callback() as paid:
+        graph.invoke(ASK)
+        until(lambda: idle(graph))
+    assert graph.perf.stats().nodes["node"].runs == 2
+    assert not paid.usage_metadata
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_retries_come_before_stale_results(clock: Clock, is_async: bool) -> None:
+    """A node that its retry policy would run again is run again."""
+    runs: list[int] = []
+
+    def node(state: State) -> State:
+        runs.append(1)
+        if len(runs) in (2, 4, 5):
+            raise ConnectionError("once")
+        return {"answer": len(runs)}
+
+    async def anode(state: State) -> State:
+        return node(state)
+
+    builder = StateGraph(State)
+    retry = RetryPolicy(max_attempts=2, initial_interval=0.001, jitter=False)
+    builder.add_node("node", anode if is_async else node, cache_policy=PATIENT, retry_policy=retry)
+    graph = builder.add_edge(START, "node").compile(cache=MemoryCache(clock=clock))
+
+    async def ask() -> Any:
+        state = await graph.ainvoke(ASK) if is_async else graph.invoke(ASK)
+        return state["answer"]
+
+    assert await ask() == 1
+    clock.advance(11)
+    assert await ask() == 3
+    clock.advance(11)
+    assert await ask() == 3  # both attempts failed
+    assert len(runs) == 5
+
+
+def test_what_is_made_of_a_stale_result_is_not_stored(clock: Clock) -> None:
+    """It would be served as fresh for a ttl of its own."""
+    inner_node, outer_runs = Node(), []
+    cache = MemoryCache(clock=clock)
+    inner = build(inner_node, cache)
+
+    def outer(state: State) -> State:
+        outer_runs.append(1)
+        return {"answer": inner.invoke(ASK)["answer"]}
+
+    graph = build(outer, cache, CachePolicy(ttl=5, version=2))
+    assert graph.invoke(ASK)["answer"] == 1
+    clock.advance(11)
+    assert graph.invoke(ASK)["answer"] == 1
+    until(lambda: idle(graph) and idle(inner))
+    assert graph.perf.stats().nodes["node"].refusals == {"stale_inside": 1}
+    assert graph.invoke(ASK)["answer"] == 2
+    assert graph.invoke(ASK)["answer"] == 2
+    assert len(outer_runs) == 3
+
+
+async def test_a_result_made_while_being_cancelled_is_not_stored(cache: Cache) -> None:
+    """Who swallows a cancellation may return half a result: it answers nobody else."""
+    if sys.version_info < (3, 11):
+        pytest.skip("tasks do not count their cancellations")
+    runs: list[int] = []
+
+    async def node(state: State) -> State:
+        runs.append(1)
+        if len(runs) == 1:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                return {"answer": "PARTIAL"}
+        return {"answer": "whole"}
+
+    builder = StateGraph(State)
+    builder.add_node("node", node, cache_policy=CachePolicy(version=1))
+    graph = builder.add_edge(START, "node").compile(cache=cache)
+    task = asyncio.create_task(graph.ainvoke(ASK))
+    await auntil(lambda: runs == [1])
+    task.cancel()
+    await asyncio.wait([task])
+    assert (await graph.ainvoke(ASK))["answer"] == "whole"
+
+
+def test_override_of_an_inner_graph_taints_the_outer_one(clock: Clock) -> None:
+    """What a graph makes of a fake in another one is not stored, and nothing stored hides it."""
+    inner_builder = StateGraph(State)
+
+    def model_name(state: State, model: str) -> State:
+        return {"answer": model}
+
+    inner_builder.add_node("inner", model_name, resources=["model"])
+    inner = inner_builder.add_edge(START, "inner").compile(
+        resources={"model": Shared(lambda: "REAL")}
+    )
+
+    def calls(state: State) -> State:
+        return {"answer": inner.invoke(state)["answer"]}
+
+    for node in (calls, inner):
+        with MemoryCache() as cache:
+            graph = build(node, cache, CachePolicy(version=1))
+            with inner.perf.override(model="FAKE"):
+                assert graph.invoke(ASK)["answer"] == "FAKE"
+            assert graph.invoke(ASK)["answer"] == "REAL"
+            if node is inner:  # which the outer graph knows
+                with inner.perf.override(model="FAKE"):
+                    assert graph.invoke(ASK)["answer"] == "FAKE"
+    inner.perf.close()
+
+
+def test_overrides_that_overlap_end_with_their_own_blocks() -> None:
+    """In whichever order several threads leave them."""
+    builder = StateGraph(State)
+    builder.add_node("node", lambda state, model: {"answer": model}, resources=["model"])
+    real = {"model": Shared(lambda: "real")}
+    graph = builder.add_edge(START, "node").compile(resources=real)
+    first, second = graph.perf.override(model="a"), graph.perf.override(model="b")
+    first.__enter__()
+    second.__enter__()
+    assert graph.invoke({})["answer"] == "b"
+    first.__exit__(None, None, None)
+    assert graph.invoke({})["answer"] == "b"
+    second.__exit__(None, None, None)
+    assert graph.invoke({})["answer"] == "real"
+    graph.perf.close()
+
+
+def test_nothing_is_left_of_a_call(clock: Clock) -> None:
+    """A call with a patient policy is freed when it ends, without the garbage collector."""
+
+    class Held:
+        def __deepcopy__(self, memo: Any) -> Held:
+            return self
+
+    graph = build(
+        lambda state: {"answer": 1}, MemoryCache(clock=clock), replace(PATIENT, key=["query"])
+    )
+    held = Held()
+    ref = weakref.ref(held)
+    graph.invoke({"query": "q", "items": held})
+    graph.invoke({"query": "q", "items": held})
+    gc.collect()
+    gc.disable()
+    try:
+        other = Held()
+        ref = weakref.ref(other)
+        graph.invoke({"query": "q", "items": other})
+        del other
+        assert ref() is None
+    finally:
+        gc.enable()

@@ -501,3 +501,40 @@ def test_resources_without_a_policy_leave_results_uncached() -> None:
     for _ in range(2):
         assert graph.invoke({"query": "q"})["answer"] == "db"
     assert runs == [1, 1]
+
+
+def test_a_parameter_that_nobody_fills_is_refused() -> None:
+    """A node with a parameter called like a resource, that does not ask for it, would fail."""
+    resources = {"db": Shared(lambda: "db")}
+
+    def node(state: State, db: str) -> State:
+        return {"answer": db}
+
+    def optional(state: State, db: str = "default") -> State:
+        return {"answer": db}
+
+    def named(db: State) -> State:
+        return {"answer": "its input may have any name"}
+
+    with pytest.raises(ConfigurationError, match=r"node 'node'.*resources=\['db'\]"):
+        StateGraph(State).add_node("node", node).add_edge(START, "node").compile(
+            resources=resources
+        )
+    for fine in (optional, named, partial(node, db="bound")):
+        builder = StateGraph(State).add_node("node", fine).add_edge(START, "node")
+        assert builder.compile(resources=resources).invoke({})["answer"]
+
+
+def test_override_of_keyed_resources() -> None:
+    """A plain object takes the place of every object of a ``Keyed``."""
+
+    def node(state: State, db: str) -> State:
+        return {"answer": db}
+
+    builder = StateGraph(State)
+    builder.add_node("node", node, resources={"db": Use("db", key=lambda state: "key")})
+    graph = builder.add_edge(START, "node").compile(resources={"db": Keyed(lambda key: key)})
+    with graph.perf.override(db="fake"):
+        assert graph.invoke({})["answer"] == "fake"
+    assert graph.invoke({})["answer"] == "key"
+    graph.perf.close()

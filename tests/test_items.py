@@ -272,3 +272,17 @@ def test_items_inside_a_cached_node(memory: MemoryCache) -> None:
         graph.invoke({"docs": docs})
     assert embedder.batches == [["a"], ["b"]]
     assert graph.perf.stats().nodes["node"].runs == 2
+
+
+def test_what_computes_an_item_is_a_plain_function() -> None:
+    """A coroutine is no value, and what cannot be called computes nothing."""
+
+    async def compute() -> int:
+        return 1
+
+    items = get_cache("items")
+    for given in (compute, lambda: compute()):
+        with pytest.raises(ConfigurationError, match="aget_or_set"):
+            items.get_or_set("key", given)
+    with pytest.raises(ConfigurationError, match=r"got 5; accepted: a function"):
+        items.get_or_set("key", 5)  # type: ignore[arg-type]

@@ -48,3 +48,19 @@ def test_importing_it_imports_nothing_optional() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = set(done.stdout.split())
     assert not imported & {"numpy", "diskcache", "redis", "sqlalchemy", "matplotlib", "pickle"}
+
+
+def test_star_import_without_redis() -> None:
+    """Without the extra everything else can be imported, and asking for RedisCache says why not."""
+    code = (
+        "import sys; sys.modules['redis'] = None\n"
+        "import importlib.util as util\n"
+        "real = util.find_spec\n"
+        "util.find_spec = lambda name: None if name == 'redis' else real(name)\n"
+        "from langgraph_perf import *\n"
+        "assert DiskCache and 'RedisCache' not in dir()\n"
+        "try:\n    from langgraph_perf import RedisCache\n"
+        "except ImportError as exc:\n    assert 'langgraph-perf[redis]' in str(exc)\n"
+        "else:\n    raise SystemExit('imported')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

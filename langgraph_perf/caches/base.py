@@ -144,6 +144,8 @@ class Cache(BaseCache[Any]):
     """Whether primitives may block, so that an event loop must not call them directly."""
     shared: bool = False
     """Whether other processes see the entries, so that a lease is worth taking."""
+    layered: bool = False
+    """Whether it may have several entries of one key, of which ``read`` gives the first."""
     supports_tags: bool = True
     """Whether it has tag tokens; without them nothing that depends on a tag is ever served."""
     lease_seconds: float = 10.0

@@ -124,6 +124,7 @@ class TieredCache(Cache):
         self._leasing = next((tier for tier in reversed(self._tiers) if tier.cache.shared), None)
         self._counting = threading.Lock()
         self.blocking = any(cache.blocking for cache in flat)
+        self.layered = len(self._tiers) > 1
         self.shared = self._leasing is not None
         self.supports_tags = self._last.cache.supports_tags
         if self._leasing is not None:

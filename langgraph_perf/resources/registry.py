@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import sys
 import threading
 import time
@@ -38,13 +39,18 @@ class Registry(Mapping[str, Resource[Any]]):
                 "Keyed or FromContext, such as {'db': Pool(connect)}"
             )
         self._resources = dict(resources or {})
-        for name, resource in self._resources.items():
+        given: dict[Any, Any] = self._resources
+        for name, resource in given.items():
             if not isinstance(name, str) or not name:
                 raise ConfigurationError(f"resources: names must be non-empty str, got {name!r}")
             if not isinstance(resource, Resource):
+                hint = "Shared(lambda: obj) makes a resource of any object"
+                if inspect.isroutine(resource) or isinstance(resource, type):
+                    made = getattr(resource, "__name__", "create")
+                    hint = f"Pool({made}) or Shared({made}) makes a resource of what it returns"
                 raise ConfigurationError(
                     f"resource {name!r} must be a Pool, Shared, Keyed or FromContext, got "
-                    f"{resource!r}; Shared(lambda: obj) makes a resource of any object"
+                    f"{resource!r}; {hint}"
                 )
             resource.be_called(name)
 
