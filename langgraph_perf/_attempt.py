@@ -48,6 +48,7 @@ from langgraph_perf._freshness import Freshness
 from langgraph_perf._gathering import gatherings
 from langgraph_perf._identity import NodeSpec, Uncached, call_key, call_tags
 from langgraph_perf._steps import Call, Ran
+from langgraph_perf._thread_body import on_thread
 from langgraph_perf._watch import Watch, current_config
 from langgraph_perf.caches.base import Entry
 from langgraph_perf.errors import CacheMiss, ConfigurationError
@@ -291,8 +292,9 @@ class Attempt:
     async def ainvoke(self) -> Ran:
         """Run the node in this task."""
         with self._entered() as config:
-            async with self._aleases() as leased:
-                first, *others = self.node.steps
+            first, leases = self._aleases()
+            async with leases as leased:
+                _, *others = self.node.steps
                 value = await first.ainvoke(self.input, config, **self.kwargs, **leased)
                 for i, step in enumerate(others, 2):
                     value = await step.ainvoke(value, _step_config(config, i))
@@ -320,8 +322,9 @@ class Attempt:
 
         async def chunks() -> AsyncIterator[Any]:
             with self._entered() as config:
-                async with self._aleases() as leased:
-                    first, *others = self.node.steps
+                first, leases = self._aleases()
+                async with leases as leased:
+                    _, *others = self.node.steps
                     stream = first.astream(self.input, config, **self.kwargs, **leased)
                     for i, step in enumerate(others, 2):
                         stream = step.atransform(stream, _step_config(config, i))
@@ -338,12 +341,16 @@ class Attempt:
         registry, wanted, heartbeat = self._wanted()
         return registry.lease(wanted, heartbeat=heartbeat, where=f"node {self.node.spec.name!r}")
 
-    def _aleases(self) -> AbstractAsyncContextManager[dict[str, Any]]:
-        """Like ``_leases``, without blocking the event loop."""
-        if not self.node.spec.uses:
-            return nullcontext({})
+    def _aleases(
+        self,
+    ) -> tuple[Runnable[Any, Any], AbstractAsyncContextManager[dict[str, Any]]]:
+        """The node, and its leases like those of ``_leases``, without blocking the event loop."""
+        first, spec = self.node.steps[0], self.node.spec
+        if not spec.uses:
+            return first, nullcontext({})
         registry, wanted, heartbeat = self._wanted()
-        return registry.alease(wanted, heartbeat=heartbeat, where=f"node {self.node.spec.name!r}")
+        leases = registry.alease(wanted, heartbeat=heartbeat, where=f"node {spec.name!r}")
+        return (first, leases) if spec.native_async else on_thread(first, leases)
 
     def _wanted(self) -> tuple[Registry, dict[str, Hashable | Want], Callable[[], None]]:
         spec = self.node.spec

@@ -7,6 +7,7 @@ import operator
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Annotated, Any
@@ -36,6 +37,8 @@ from langgraph_perf import (
     lease,
 )
 from langgraph_perf.resources import Resource
+
+from .resources.helpers import auntil
 
 
 class State(TypedDict, total=False):
@@ -538,3 +541,97 @@ def test_override_of_keyed_resources() -> None:
         assert graph.invoke({})["answer"] == "fake"
     assert graph.invoke({})["answer"] == "key"
     graph.perf.close()
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_cancelled_sync_body_keeps_its_lease_until_its_thread_ends(streams: bool) -> None:
+    """The caller is cancelled at once; nobody else gets what the thread still uses."""
+    pool = Pool(Connection, max_size=1, timeout=10)
+    started, go_on, users = threading.Event(), threading.Event(), []
+
+    def node(state: State, db: Connection) -> State:
+        users.append(db)
+        most = len(users)
+        started.set()
+        assert go_on.wait(10)
+        users.remove(db)
+        return {"answer": most}
+
+    graph = build(node, ["db"], {"db": pool})
+
+    async def run() -> Any:
+        if not streams:
+            return await graph.ainvoke({})
+        return [chunk async for chunk in graph.astream({}, stream_mode="messages")]
+
+    first = asyncio.create_task(run())
+    await asyncio.to_thread(started.wait, 10)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert pool.stats().in_use == 1
+    second = asyncio.create_task(graph.ainvoke({}))
+    await auntil(lambda: pool.stats().waiting == 1)
+    go_on.set()
+    assert (await second)["answer"] == 1
+    idle(graph)
+
+
+async def test_a_cancelled_sync_body_that_has_not_begun_never_does() -> None:
+    """Its lease comes back at once, so it must not run when a thread comes free."""
+    pool = Pool(Connection, max_size=1)
+    busy, go_on, runs = threading.Event(), threading.Event(), []
+    with ThreadPoolExecutor(1) as executor:
+        asyncio.get_running_loop().set_default_executor(executor)
+        graph = build(lambda state, db: {"answer": runs.append(1)}, ["db"], {"db": pool})
+        executor.submit(lambda: (busy.set(), go_on.wait(10)))
+        task = asyncio.create_task(graph.ainvoke({}))
+        await auntil(lambda: pool.stats().in_use == 1)
+        await auntil(lambda: executor._work_queue.qsize() == 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        idle(graph)
+        go_on.set()
+    assert runs == []
+
+
+def test_the_end_of_the_loop_waits_for_a_body_and_its_lease() -> None:
+    """``asyncio.run`` ends with the thread, and nothing is lost with its loop."""
+    reset: list[str] = []
+
+    pool = Pool(Connection, max_size=1, reset=lambda db: reset.append("reset"))
+    started, go_on = threading.Event(), threading.Event()
+
+    def node(state: State, db: Connection) -> State:
+        started.set()
+        assert go_on.wait(10)
+        return {}
+
+    graph = build(node, ["db"], {"db": pool})
+
+    async def main() -> None:
+        task = asyncio.create_task(graph.ainvoke({}))
+        await asyncio.to_thread(started.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not reset
+        asyncio.get_running_loop().call_soon(go_on.set)
+
+    asyncio.run(main())
+    assert reset == ["reset"]
+    idle(graph)
+
+
+async def test_errors_of_sync_bodies_in_async_runs() -> None:
+    """They arrive as they do without resources, ``StopIteration`` included."""
+    for error, seen in ((ValueError, ValueError), (StopIteration, RuntimeError)):
+
+        def node(state: State, db: Connection, error: Any = error) -> State:
+            raise error
+
+        graph = build(node, ["db"], {"db": Pool(Connection)})
+        with pytest.raises(seen):
+            await graph.ainvoke({})
+        idle(graph)

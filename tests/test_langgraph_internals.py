@@ -3,12 +3,13 @@ when LangGraph changes it."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 from langgraph._internal import _constants
-from langgraph._internal._runnable import RunnableSeq
+from langgraph._internal._runnable import RunnableCallable, RunnableSeq
 from langgraph._internal._scratchpad import PregelScratchpad
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START
@@ -106,3 +107,17 @@ def test_a_forgotten_thread_id_is_langgraphs_own_error() -> None:
         assert "thread_id" in str(exc)  # noqa: PT017
     else:
         raise AssertionError("it ran")
+
+
+async def test_a_sync_node_calls_what_stands_under_afunc() -> None:
+    """What takes its place in a copy of the node is given the arguments of the function."""
+    step = StateGraph(State).add_node("node", lambda state, more: {}).nodes["node"].runnable
+    assert isinstance(step, RunnableCallable)
+    assert callable(step.func)
+
+    async def instead(state: State, more: int) -> State:
+        return {"answer": f"{state} {more}"}
+
+    step = copy.copy(step)
+    step.afunc = instead
+    assert await step.ainvoke({"query": "q"}, more=1) == {"answer": "{'query': 'q'} 1"}
