@@ -350,7 +350,9 @@ class CompiledGraph(
         )
         if parent is None and binding.control.nodes:
             perf.check_control(binding.control)
-        return {**(config or {}), "configurable": {**given, BINDING: binding}}
+        # in the first releases of LangGraph 1.2 what is given here hides what would be inherited
+        inherited = given or own or around
+        return {**(config or {}), "configurable": {**inherited, BINDING: binding}}
 
     def clear_cache(self, nodes: Sequence[str] | None = None) -> None:
         """Clear the stored results of ``nodes``, by default of all; an empty list clears none.
