@@ -63,6 +63,12 @@ class Workers:
             if future.set_running_or_notify_cancel():
                 try:
                     result = job()
+                except StopIteration as exc:
+                    # asyncio's futures refuse it, and whoever waits would wait for ever
+                    error = RuntimeError("a function raised StopIteration")
+                    error.__cause__ = exc
+                    future.set_exception(error)
+                    del error
                 except BaseException as exc:
                     future.set_exception(exc)
                 else:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from langgraph_perf.errors import ConfigurationError, LeaseError, PoolClosed
-from langgraph_perf.resources import FromContext
+from langgraph_perf.resources import FromContext, Pool
 
 from .helpers import auntil, check_at_rest, until
 
@@ -163,6 +163,29 @@ def test_an_error_on_entering_is_the_callers(watch: Watch) -> None:
     with pytest.raises(ConnectionError), db.lease():
         pass
     assert db.stats().leases == 0
+
+
+async def test_stop_iteration_is_an_error_like_others(watch: Watch) -> None:
+    """asyncio's futures refuse it: unless it is wrapped, its caller waits for ever."""
+
+    class Exhausted:
+        def __enter__(self) -> None:
+            next(iter([]))
+
+        def __exit__(self, *exc: object) -> None: ...
+
+    async def aclose(thing: object) -> None: ...
+
+    def exhausted() -> object:
+        return next(iter([]))
+
+    async def use(resource: Any) -> None:
+        async with resource.alease():
+            pass
+
+    for resource in (FromContext(Exhausted), Pool(exhausted, close=aclose), Pool(exhausted)):
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await asyncio.wait_for(use(watch(resource)), 10)
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
