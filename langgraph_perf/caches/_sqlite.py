@@ -15,6 +15,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from langgraph_perf.caches._sqlite_fork import (
+    LOST,
+    Connections,
+    Handle,
+    forking,
+    identity,
+    is_lost,
+    let_fork,
+    may_pass,
+)
 from langgraph_perf.errors import ConfigurationError
 
 if sys.platform != "win32":
@@ -34,20 +44,6 @@ _LOOK_EVERY = 0.001
 _SQLITE_CORRUPT, _SQLITE_NOTADB = 11, 26
 _DAMAGE = re.compile(r"malformed|not a database|no such (table|column)")
 _VALUE_FILE = re.compile(r"[0-9a-f]{28}\.val")
-
-_inherited: list[_Handle] = []
-"""Connections a forked child must neither use nor close; kept, so that nothing closes them."""
-
-
-class _Handle:
-    """A connection, a cursor to read with, and the file it was opened on (device and inode)."""
-
-    __slots__ = ("con", "cursor", "file")
-
-    def __init__(self, con: sqlite3.Connection, file: tuple[int, int] | None) -> None:
-        self.con = con
-        self.cursor = con.cursor()
-        self.file = file
 
 
 class Database:
@@ -71,7 +67,8 @@ class Database:
         self._size_limit = size_limit
         self._wal_bytes = wal_bytes
         self._timeout = timeout
-        self._idle: list[_Handle] = []
+        self._connections = Connections(self.path, timeout)
+        self._idle = self._connections.idle
         self._file: tuple[int, int] | None = None
         self._next_look = 0.0
         self._opening = threading.RLock()
@@ -123,7 +120,8 @@ class Database:
         """
         started = time.monotonic()
         # threads hand over on a lock: SQLite's own waiting polls, with naps of up to 0.1 s
-        if not self._writing.acquire(timeout=self._timeout):
+        writing = self._writing  # a child that was forked in between has another one
+        if not writing.acquire(timeout=self._timeout):
             raise TimeoutError(f"{self.path} was busy for {self._timeout} seconds")
         try:
             waited = time.monotonic() - started
@@ -141,53 +139,74 @@ class Database:
                 if waited > self._timeout / 10:
                     _wait_at_most(con, self._timeout)
         finally:
-            self._writing.release()
+            writing.release()
 
     def close(self) -> None:
         """Close what is open; connections still lent out close when they come back."""
         self._closed = True
-        while self._idle:
-            self._idle.pop().con.close()
+        self._connections.close_idle()
 
-    def after_fork(self) -> None:
-        """Runs in a forked child, which may use none of its parent's connections and locks."""
-        _inherited.extend(self._idle)
-        self._idle = []
+    def after_fork(self) -> bool:
+        """Runs in a forked child, once it has disowned its parent's connections.
+
+        ``False`` when a thread of the parent was using the file during the fork, through this
+        object or another: then this process can never open it, and the database is closed.
+        """
         self._opening = threading.RLock()
         self._writing = threading.Lock()
+        files = {self._file}
+        with contextlib.suppress(OSError):
+            files.add(identity(self.path))
+        lost = any(map(is_lost, files))
+        self._closed = self._closed or lost
+        return not lost
 
     # -- connections ------------------------------------------------------------------------------
 
-    def _borrow(self) -> _Handle:
-        if self._closed:
-            raise sqlite3.ProgrammingError("the cache is closed")
-        # A file that was removed or set aside, by whomever, must not go on living in here: other
-        # processes would not see its invalidations. Making its successor takes far longer than
-        # this interval, so nothing can have been invalidated there unseen.
-        now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + _LOOK_EVERY
-            if self._file is None or _identity(self.path) != self._file:
-                self._open()
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return self._connect()
+    def _borrow(self) -> Handle:
+        while True:
+            if forking:
+                let_fork()
+            if self._closed:
+                raise sqlite3.ProgrammingError("the cache is closed")
+            # A file that was removed or set aside, by whomever, must not go on living in here:
+            # other processes would not see its invalidations. Making its successor takes far
+            # longer than this interval, so nothing can have been invalidated there unseen.
+            now = time.monotonic()
+            if now >= self._next_look:
+                self._next_look = now + _LOOK_EVERY
+                if self._file is None or identity(self.path) != self._file:
+                    self._open()
+            try:
+                handle = self._idle.pop()
+            except IndexError:
+                return self._connect()
+            if not forking or may_pass():
+                handle.user = threading.get_ident()
+                return handle
+            self._connections.close(handle)
 
-    def _give_back(self, handle: _Handle) -> None:
-        if self._closed or handle.file != self._file or len(self._idle) >= _MOST_IDLE:
-            handle.con.close()
+    def _give_back(self, handle: Handle) -> None:
+        handle.user = 0
+        if self._closed or forking or handle.file != self._file or len(self._idle) >= _MOST_IDLE:
+            self._connections.close(handle)
         else:
             self._idle.append(handle)
 
-    def _drop(self, handle: _Handle, exc: BaseException) -> None:
-        handle.con.close()
+    def _drop(self, handle: Handle, exc: BaseException) -> None:
+        self._connections.close(handle)
         if is_damage(exc):
             self._set_aside(handle.file, exc)
 
-    def _connect(self) -> _Handle:
+    def _connect(self) -> Handle:
+        with self._connections.opening():
+            return self._connected()
+
+    def _connected(self) -> Handle:
         for _ in range(3):
-            file = _identity(self.path)
+            file = identity(self.path)
+            if is_lost(file):
+                raise sqlite3.OperationalError(LOST)
             # mode=rw: never creates the file, which would have the permissions of the umask
             con = sqlite3.connect(
                 f"{self.path.as_uri()}?mode=rw",
@@ -196,9 +215,9 @@ class Database:
                 isolation_level=None,
                 check_same_thread=False,
             )
+            handle = self._connections.add(con, file)
             # a text that is none (a damaged row) must not fail the rows around it
             con.text_factory = _text
-            handle = _Handle(con, file)
             try:
                 # WAL with NORMAL: killing a process loses nothing, a power failure at most the
                 # last transactions, and never the file's integrity
@@ -214,20 +233,19 @@ class Database:
                 self._drop(handle, exc)
                 raise
             # now the log is open too; still the same file means that it is the file's own log
-            if _identity(self.path) == file:
+            if identity(self.path) == file:
                 return handle
-            con.close()
+            self._connections.close(handle)
         raise sqlite3.OperationalError(f"{self.path} is being replaced again and again")
 
     # -- the file ---------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        with self._opening:
-            if self._file is not None and _identity(self.path) == self._file:
+        with self._connections.opening(), self._opening:
+            if self._file is not None and identity(self.path) == self._file:
                 return
             private_directory(self.path.parent)
-            while self._idle:
-                self._idle.pop().con.close()
+            self._connections.close_idle()
             for attempt in range(3):
                 try:
                     self._prepare()
@@ -236,7 +254,7 @@ class Database:
                     # `_connect` or the line below has set the file aside
                     if attempt == 2 or not is_damage(exc):
                         raise
-            self._file = _identity(self.path)
+            self._file = identity(self.path)
 
     def _prepare(self) -> None:
         self._make_file()
@@ -258,7 +276,7 @@ class Database:
         except BaseException as exc:
             self._drop(handle, exc)
             raise
-        con.close()
+        self._connections.close(handle)
 
     def _make_file(self) -> None:
         if self.path.exists():
@@ -317,8 +335,8 @@ class Database:
                 path.parent.parent.rmdir()
 
     def _set_aside(self, file: tuple[int, int] | None, exc: BaseException) -> None:
-        with self._opening, self._alone():
-            if file is None or _identity(self.path) != file:
+        with self._connections.opening(), self._opening, self._alone():
+            if file is None or identity(self.path) != file:
                 return  # somebody else was faster
             earlier = sorted(
                 (int(match[1]), path)
@@ -352,6 +370,8 @@ class Database:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
+            # not left to closing it: a forked child may have inherited it
+            fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
 
@@ -397,14 +417,6 @@ def _unusable(directory: Path, why: str) -> ConfigurationError:
 
 def _text(raw: bytes) -> str:
     return raw.decode("utf-8", "replace")
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        info = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return info.st_dev, info.st_ino
 
 
 def _make_private(path: str) -> None:

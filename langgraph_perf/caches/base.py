@@ -7,6 +7,7 @@ primitives that a backend implements. What they store is in ``entry``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -306,6 +307,9 @@ class Cache(BaseCache[Any]):
         """Like ``close``, without blocking the event loop."""
         await asyncio.get_running_loop().run_in_executor(None, self.close)
 
+    def _disown(self) -> None:
+        """Runs in a forked child, before ``_after_fork`` of any cache."""
+
     def _after_fork(self) -> None:
         """Runs in a forked child: locks may be held by threads that it does not have."""
         self._executor = None
@@ -394,8 +398,13 @@ class TokenCache(Cache):
 
 
 def _reset_after_fork() -> None:
-    for cache in list(_open_caches):
-        cache._after_fork()
+    caches = list(_open_caches)
+    for cache in caches:
+        cache._disown()
+    for cache in caches:
+        # one without all its attributes was still being made by a thread that is not here
+        with contextlib.suppress(AttributeError):
+            cache._after_fork()
 
 
 if hasattr(os, "register_at_fork"):

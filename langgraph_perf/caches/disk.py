@@ -22,6 +22,7 @@ from langgraph.cache.base import FullKey, Namespace
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from langgraph_perf.caches._sqlite import Database
+from langgraph_perf.caches._sqlite_fork import LOST, disown
 from langgraph_perf.caches.base import (
     CacheStats,
     DamagedEntry,
@@ -84,6 +85,10 @@ class DiskCache(TokenCache):
         serde: see ``Cache``.
         clock: see ``Cache``; all processes must agree on it.
 
+    A cache may be used on both sides of a fork. A fork waits, for at most ``timeout``, for what
+    other threads are doing with the cache. When that takes longer, the child's cache is closed:
+    its lookups are misses, and invalidating and clearing raise ``sqlite3.ProgrammingError``.
+
     Raises:
         ConfigurationError: an argument is not as described, or the directory cannot be used.
     """
@@ -111,6 +116,7 @@ class DiskCache(TokenCache):
         self._most_tags = max(64, size_limit // 8 // _TAG_COST)
         self._writes_to_sweep = 0
         self._next_sweep = 0.0
+        self._lost = False
         self._db = Database(self.directory, size_limit, log, self.timeout)
         self._finalizer = weakref.finalize(self, self._db.close)
         # when it cannot be done now, the next write does it
@@ -246,6 +252,7 @@ class DiskCache(TokenCache):
 
     def clear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Delete what is in exactly these namespaces; ``None`` deletes everything."""
+        self._must_not_be_lost()
         if self._closed:
             return
         if namespaces is None:
@@ -320,6 +327,7 @@ class DiskCache(TokenCache):
 
     def drop_tags(self, tags: Sequence[str]) -> None:
         """Forget the tokens of these tag ids."""
+        self._must_not_be_lost()
         if self._closed or not tags:
             return
         # durable: a token lost by a power failure may not come back to life
@@ -390,9 +398,18 @@ class DiskCache(TokenCache):
         super().close()
         self._finalizer()
 
+    def _disown(self) -> None:
+        disown()
+
     def _after_fork(self) -> None:
         super()._after_fork()
-        self._db.after_fork()
+        if not self._db.after_fork() and not self._closed:
+            self._lost = self._closed = True
+
+    def _must_not_be_lost(self) -> None:
+        # a miss more is harmless, an invalidation that nobody sees is not
+        if self._lost:
+            raise sqlite3.ProgrammingError(f"the cache in {self.directory} is closed: {LOST}")
 
 
 def _path(given: object) -> Path:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import pickle
+import signal
 import sqlite3
 import stat
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -19,8 +22,11 @@ import diskcache
 import pytest
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 
-from langgraph_perf.caches.base import Lookup, key_digest, tag_id
+from langgraph_perf.caches import _sqlite_fork
+from langgraph_perf.caches.base import Cache, Lookup, key_digest, tag_id
 from langgraph_perf.caches.disk import DiskCache
+from langgraph_perf.caches.memory import MemoryCache
+from langgraph_perf.caches.tiered import TieredCache
 from langgraph_perf.errors import ConfigurationError
 
 from .conftest import entry
@@ -693,6 +699,227 @@ def test_fork_with_an_executor(disk):
         return asyncio.run(asyncio.wait_for(disk.aread([Lookup(KEY)]), 20)) == [entry()]
 
     assert forked(child)
+
+
+@contextlib.contextmanager
+def writing_meanwhile(disk, until):
+    """Another thread is inside a write transaction until ``until()``."""
+    inside = threading.Event()
+
+    def write() -> None:
+        with disk._db.transaction() as con:
+            con.execute("DELETE FROM Leases")
+            inside.set()
+            while not until():
+                time.sleep(0.001)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        assert inside.wait(20)
+        yield
+    finally:
+        thread.join()
+
+
+def works(cache: DiskCache) -> bool:
+    """Whether it stores, serves and invalidates."""
+    (token,) = cache.tag_tokens(["a"])
+    stored = cache.write(KEY, entry(b"mine", deps=(("a", token),))) and payload(cache) == b"mine"
+    cache.drop_tags(["a"])
+    return stored and payload(cache) is None
+
+
+@needs_fork
+@may_fork
+def test_fork_waits_for_a_transaction(tmp_path):
+    """A fork lets a transaction of another thread end; the child can write at once."""
+    with DiskCache(tmp_path, timeout=20) as cache:
+        cache.write(KEY, entry())
+        began = threading.get_ident()
+        with writing_meanwhile(cache, lambda: began in _sqlite_fork.forking):
+            assert forked(lambda: works(cache))
+        assert works(cache)
+
+
+@needs_fork
+@may_fork
+def test_fork_during_an_endless_transaction(tmp_path, caplog):
+    """When a transaction does not end in time, the child's caches of that file are closed, and say
+    so where a miss would not do; others, and the parent's, go on."""
+    end = threading.Event()
+    with (
+        DiskCache(tmp_path / "busy", timeout=0.05) as cache,
+        DiskCache(tmp_path / "busy") as same,
+        DiskCache(tmp_path / "other") as other,
+    ):
+        tiered = TieredCache(MemoryCache(), same)
+        (token,) = cache.tag_tokens(["a"])
+        tiered.write(KEY, entry(deps=(("a", token),)))
+
+        def child() -> bool:
+            for lost in cache, same, tiered:
+                assert lost.read([Lookup(KEY)]) == [None]
+                assert lost.get([KEY]) == {}
+                for give_up in (lambda cache=lost: cache.invalidate("a")), lost.clear:
+                    with pytest.raises(sqlite3.ProgrammingError, match=r"closed: .* fork"):
+                        give_up()
+            assert cache.write(KEY, entry()) is False
+            assert cache.stats().entries == 0
+            with pytest.raises(ConfigurationError, match="during the fork"):
+                DiskCache(tmp_path / "busy")
+            # its own child is no better off
+            assert forked(lambda: cache.get([KEY]) == {})
+            cache.close()
+            return works(other)
+
+        with writing_meanwhile(cache, end.is_set):
+            try:
+                assert forked(child)
+            finally:
+                end.set()
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{cache.directory / 'cache.db'} is in use by a thread while the process forks: the"
+            " child has no cache there"
+        ]
+        assert tiered.read([Lookup(KEY)]) != [None]
+        assert works(cache)
+        assert works(same)
+        # only then: a later fork finds nothing in its way
+        assert forked(lambda: works(cache) and works(same))
+
+
+@needs_fork
+@may_fork
+def test_fork_inside_an_operation(disk):
+    """A thread may fork while it has a connection itself (a signal handler): it does not wait for
+    itself, its own operation goes on, and cannot go on in the child."""
+    disk.write(KEY, entry())
+
+    def child() -> bool:
+        with pytest.raises(sqlite3.ProgrammingError, match="fork"):
+            disk.invalidate("a")
+        with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
+            con.execute("SELECT 1")
+        return payload(disk) is None
+
+    with disk._db.transaction() as con:
+        con.execute("DELETE FROM Cache")
+        assert forked(child)
+    assert payload(disk) is None
+    assert works(disk)
+
+
+@needs_fork
+def test_child_that_forked_inside_an_operation_ends(tmp_path):
+    """Not even its end closes what it inherited, which would delete the parent's log."""
+    program = f"""if True:
+        import os, warnings
+        from langgraph_perf.caches.disk import DiskCache
+        cache = DiskCache({str(tmp_path)!r})
+        cache.set({{(("n",), "k"): ("before", None)}})
+        child = False
+        try:
+            with cache._db.transaction() as con:
+                con.execute("DELETE FROM Cache")
+                child = os.fork() == 0
+        except Exception as exc:
+            assert child, exc
+            raise SystemExit(7 if "not authorized" in str(exc) else 1)
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+        assert os.path.exists({str(tmp_path / "cache.db-wal")!r})
+        assert cache.get([(("n",), "k")]) == {{}}
+        cache.set({{(("n",), "k"): ("after", None)}})
+        other = "from langgraph_perf.caches.disk import DiskCache; import sys;"
+        other += "print(DiskCache(sys.argv[1]).get([(('n',), 'k')]))"
+        os.execl({sys.executable!r}, "python", "-c", other, {str(tmp_path)!r})
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "{(('n',), 'k'): 'after'}\n", done.stderr
+
+
+@needs_fork
+@may_fork
+def test_forks_among_busy_threads(tmp_path):
+    """Children forked by several threads, while others read and write all the time, all work."""
+    end, failed = threading.Event(), []
+    with DiskCache(tmp_path, timeout=20) as cache:
+
+        def use() -> None:
+            while not end.is_set():
+                try:
+                    cache.write(OTHER, entry())
+                    cache.read([Lookup(OTHER), Lookup(KEY)])
+                except Exception as exc:
+                    failed.append(exc)
+                    raise
+
+        def fork() -> None:
+            failed.extend("a child" for _ in range(5) if not forked(lambda: works(cache)))
+
+        users = [threading.Thread(target=use) for _ in range(3)]
+        forkers = [threading.Thread(target=fork) for _ in range(2)]
+        for thread in users + forkers:
+            thread.start()
+        for thread in forkers:
+            thread.join()
+        end.set()
+        for thread in users:
+            thread.join()
+    assert not failed
+    assert not _sqlite_fork.forking
+
+
+@needs_fork
+def test_operations_while_another_thread_forks(disk):
+    """They wait until it is done; the forking thread's own (other hooks may have some) do not."""
+    disk.write(KEY, entry())
+    found: list[bytes | None] = []
+    thread = threading.Thread(target=lambda: found.append(payload(disk)))
+    _sqlite_fork._before_fork()
+    try:
+        assert disk._db._idle == []
+        thread.start()
+        assert works(disk)
+        assert disk._db._idle == []
+        assert found == []
+    finally:
+        _sqlite_fork._after_fork_in_parent()
+    thread.join()
+    assert found == [None]
+    assert disk._db._idle
+
+
+@needs_fork
+@may_fork
+def test_fork_while_a_file_is_made(disk):
+    """The lock on making the file is over when its holder says so, whatever children there are."""
+    import fcntl
+
+    with disk._db._alone():
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.pause()
+            finally:
+                os._exit(0)
+    try:
+        with open(f"{disk._db.path}.lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@needs_fork
+@may_fork
+def test_fork_while_a_cache_is_made(disk):
+    """A cache that another thread has only begun to make does not keep the others from working."""
+    half = DiskCache.__new__(DiskCache)
+    Cache.__init__(half)
+    assert forked(lambda: works(disk))
 
 
 # -- what is asked of the database ----------------------------------------------------------------

@@ -217,6 +217,39 @@ def test_killed_holder_is_replaced_and_fenced(tmp_path: Path) -> None:
             assert ask(pipe, "read", [Lookup(KEYS[0])])[0].payload == b"new"
 
 
+def serve_inherited(pipe: Connection, cache: Cache) -> None:
+    """Like ``serve``, with a cache that was opened before the fork."""
+    pipe.send("ready")
+    while True:
+        try:
+            method, args = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(getattr(cache, method)(*args))
+
+
+@pytest.mark.parametrize("kind", ["disk", "tiered"])
+def test_child_outlives_its_parents_cache(tmp_path: Path, kind: str) -> None:
+    """A cache that was open during a fork goes on in the child when the parent closes it: others
+    see what the child stores and invalidates."""
+    with contextlib.ExitStack() as stack:
+        with open_cache(str(tmp_path), kind) as cache:
+            cache.write(KEYS[0], Entry(b"before", time.time()))
+            _, pipe = stack.enter_context(child(serve_inherited, cache))
+            assert pipe.recv() == "ready"
+            assert ask(pipe, "read", [Lookup(KEYS[0])])[0].payload == b"before"
+            assert ask(pipe, "write", KEYS[1], Entry(b"child", time.time())) is True
+        with open_cache(str(tmp_path), kind) as other:
+            (token,) = other.tag_tokens([DOCS])
+            other.write(KEYS[0], Entry(b"old", time.time(), None, ((DOCS, token),)))
+            assert ask(pipe, "invalidate", "docs") is None
+            assert other.read([Lookup(KEYS[0], (DOCS,))]) == [None]
+            for key in KEYS:
+                assert ask(pipe, "write", key, Entry(b"child", time.time())) is True
+            found = other.read([Lookup(key) for key in KEYS])
+            assert [entry and entry.payload for entry in found] == [b"child"] * len(KEYS)
+
+
 def mix(pipe: Connection, directory: str, kind: str, seed: int) -> None:
     """Reads and writes as fast as they go; reports what was wrong."""
     rng, wrong, failed, hits = random.Random(seed), 0, [], 0
