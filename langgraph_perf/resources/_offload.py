@@ -60,22 +60,27 @@ class Workers:
                 except IndexError:  # somebody took this thread's permit: a job is on its way
                     continue
                 return
-            if future.set_running_or_notify_cancel():
-                try:
-                    result = job()
-                except StopIteration as exc:
-                    # asyncio's futures refuse it, and whoever waits would wait for ever
-                    error = RuntimeError("a function raised StopIteration")
-                    error.__cause__ = exc
-                    future.set_exception(error)
-                    del error
-                except BaseException as exc:
-                    future.set_exception(exc)
-                else:
-                    future.set_result(result)
-                    del result
+            carry_out(future, job)
             del future, job  # an idle thread must not keep the last job's objects alive
             idle.append(None)
+
+
+def carry_out(future: Future[T], job: Callable[[], T]) -> None:
+    """Run ``job`` here and let ``future`` say what came of it, unless that was cancelled before."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = job()
+    except StopIteration as exc:
+        # asyncio's futures refuse it, and whoever waits would wait for ever
+        error = RuntimeError("a function raised StopIteration")
+        error.__cause__ = exc
+        future.set_exception(error)
+        del error
+    except BaseException as exc:
+        future.set_exception(exc)
+    else:
+        future.set_result(result)
 
 
 shared = Workers()

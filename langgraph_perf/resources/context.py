@@ -16,15 +16,24 @@ from types import CodeType, TracebackType
 from typing import Any, Generic, TypeVar
 
 from langgraph_perf.errors import ConfigurationError, LeaseError, PoolClosed
-from langgraph_perf.resources import _lease, _offload
+from langgraph_perf.resources import _lease, _lifecycle, _offload
 from langgraph_perf.resources._lease import Heartbeat, taken_at
 from langgraph_perf.resources._stats import ResourceStats
+from langgraph_perf.resources._turns import Turns
 from langgraph_perf.resources._validate import describe, function
 from langgraph_perf.resources._work import off_loop, start_on
 from langgraph_perf.resources.resource import Resource, owner_name
 
 T = TypeVar("T")
 logger = logging.getLogger("langgraph_perf")
+
+ENTERING = 32
+"""How many async callers of one ``FromContext`` may be inside a sync ``__enter__`` at once, each on
+a thread of its own. More would only wait there for connections that the driver does not have."""
+
+_inherited: list[Any] = []
+"""In a forked child: the parent's context managers. Leaving or dropping them could say goodbye on
+sockets which the parent still uses, so they are kept for good."""
 
 
 class FromContext(Resource[T]):
@@ -35,7 +44,8 @@ class FromContext(Resource[T]):
     driver's own timeout (``ConnectionPool(timeout=)`` of psycopg_pool, ``pool_timeout=`` of
     SQLAlchemy), and expect the driver's own error. Async callers can be cancelled at any time.
 
-    A context manager that is only sync is entered and left on a private thread for async callers.
+    A context manager that is only sync is entered and left on a private thread for async callers;
+    at most 32 of them enter at once, the others wait for their turn.
     One that is only async cannot serve sync callers.
 
     Args:
@@ -52,10 +62,25 @@ class FromContext(Resource[T]):
         super().__init__(owner)
         self._factory = factory
         self._needs_loop = _only_async(owner, factory)
-        self._lock = threading.RLock()
         self._closed = False
+        self.generation = 0
+        self._reset()
+        _lifecycle.watch(self)
+
+    def _reset(self) -> None:
+        self._lock = threading.RLock()
         self._in_use = self._leases = self._forgotten = 0
         self._wait_seconds = self._longest_wait = 0.0
+        self.turns = Turns(ENTERING)
+
+    def after_fork(self) -> list[Any]:
+        """Begin anew in a forked child; what is leased is the parent's."""
+        self.generation += 1
+        self._reset()
+        return []
+
+    def at_exit(self, deadline: float) -> None:
+        """Nothing is kept here that could be closed."""
 
     @property
     def needs_loop(self) -> bool:
@@ -156,22 +181,31 @@ class _BaseContextLease(Generic[T]):
         self.at = at
         self._used = False
         self._manager: Any = None
+        self._generation = -1
 
     def _begin(self) -> Any:
         if self._used:
             raise LeaseError(f"{self._resource.owner}: this lease was entered already")
         self._used = True
+        self._generation = self._resource.generation
         return self._resource.make()
 
     def _end(self) -> Any:
+        """The context manager to leave; ``None`` in a forked child, which may not."""
         manager, self._manager = self._manager, None
         if manager is None:
             was = "given back already" if self._used else "not entered"
             raise LeaseError(f"{self._resource.owner}: this lease was {was}; a lease is one-shot")
+        if self._generation != self._resource.generation:
+            _inherited.append(manager)
+            return None
         return manager
 
     def __del__(self) -> None:
         if getattr(self, "_manager", None) is None:
+            return
+        manager = self._end()
+        if manager is None:
             return
         try:
             warnings.warn(
@@ -182,7 +216,7 @@ class _BaseContextLease(Generic[T]):
             )
         finally:
             self._resource.left(forgotten=True)
-            self._recover(self._end())
+            self._recover(manager)
 
     def _recover(self, manager: Any) -> None:
         _exit_quietly(self._resource.owner, manager)
@@ -210,6 +244,8 @@ class ContextLease(_BaseContextLease[T]):
         tb: TracebackType | None,
     ) -> bool | None:
         manager = self._end()
+        if manager is None:
+            return None
         try:
             return bool(manager.__exit__(exc_type, exc, tb))
         finally:
@@ -229,7 +265,7 @@ class AsyncContextLease(_BaseContextLease[T]):
             if self._async:
                 value = await manager.__aenter__()
             elif hasattr(kind, "__enter__"):
-                value = await _enter_off_loop(self._resource.owner, manager)
+                value = await _enter_off_loop(self._resource, manager)
             else:
                 raise self._resource.refuse(manager, "a context manager")
         self._resource.entered(time.monotonic() - began)
@@ -243,6 +279,8 @@ class AsyncContextLease(_BaseContextLease[T]):
         tb: TracebackType | None,
     ) -> bool | None:
         manager = self._end()
+        if manager is None:
+            return None
         try:
             if self._async:
                 return bool(await manager.__aexit__(exc_type, exc, tb))
@@ -261,15 +299,17 @@ class AsyncContextLease(_BaseContextLease[T]):
             start_on(self._home, functools.partial(_aexit_quietly, self._resource.owner, manager))
 
 
-async def _enter_off_loop(owner: str, manager: Any) -> Any:
+async def _enter_off_loop(resource: FromContext[Any], manager: Any) -> Any:
     """Enter a sync context manager on a thread; one entered for nobody is left again."""
-    job = _offload.shared.submit(manager.__enter__)
+    job = resource.turns.submit(manager.__enter__)
     try:
         return await asyncio.shield(asyncio.wrap_future(job))
-    except asyncio.CancelledError:
-        job.add_done_callback(
-            lambda done: None if done.exception() else _exit_quietly(owner, manager)
-        )
+    except BaseException:
+        if not job.cancel():  # its turn has come; it may be over, and have failed
+            owner = resource.owner
+            job.add_done_callback(
+                lambda done: None if done.exception() else _exit_quietly(owner, manager)
+            )
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import sys
 import threading
 import time
@@ -312,6 +313,15 @@ class _Options:
 
 _gates: weakref.WeakKeyDictionary[Resource[Any], Pool[object]] = weakref.WeakKeyDictionary()
 _gates_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _gates_lock
+    _gates_lock = threading.Lock()  # another thread may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _gate(resource: Resource[Any]) -> Pool[object]:

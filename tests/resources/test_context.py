@@ -13,6 +13,7 @@ import pytest
 
 from langgraph_perf.errors import ConfigurationError, LeaseError, PoolClosed
 from langgraph_perf.resources import FromContext, Pool
+from langgraph_perf.resources.context import ENTERING
 
 from .helpers import auntil, check_at_rest, until
 
@@ -224,6 +225,65 @@ async def test_cancelled_while_entering(watch: Watch, kind: str) -> None:
         await task
     go_on.set()
     await auntil(lambda: events == ["exit"])
+
+
+async def test_a_coroutine_destroyed_while_entering_leaves_again() -> None:
+    """As when it is cancelled: nobody else could give back what the driver hands out."""
+    entering, go_on, left = threading.Event(), threading.Event(), threading.Event()
+
+    class Connection:
+        def __enter__(self) -> None:
+            entering.set()
+            assert go_on.wait(10)
+
+        def __exit__(self, *exc: object) -> None:
+            left.set()
+
+    enter = FromContext(Connection).alease().__aenter__()
+    waits_for = enter.send(None)
+    await auntil(entering.is_set)
+    enter.close()
+    go_on.set()
+    await auntil(left.is_set)
+    assert waits_for is not None
+
+
+async def test_many_async_callers_take_few_threads(watch: Watch) -> None:
+    """They wait for their turn, in order, and one that leaves in the meantime is never entered."""
+    inside: list[int] = []
+    most, entered = [0], []
+    go_on = threading.Event()
+
+    class Connection:
+        def __init__(self) -> None:
+            self.number = len(made)
+            made.append(self)
+
+        def __enter__(self) -> None:
+            inside.append(self.number)
+            most[0] = max(most[0], len(inside))
+            assert go_on.wait(10)
+            inside.remove(self.number)
+            entered.append(self.number)
+
+        def __exit__(self, *exc: object) -> None: ...
+
+    made: list[Connection] = []
+    db = watch(FromContext(Connection))
+
+    async def use() -> None:
+        async with db.alease():
+            pass
+
+    tasks = [asyncio.create_task(use()) for _ in range(200)]
+    await auntil(lambda: len(made) == 200 and len(inside) == ENTERING)
+    tasks[100].cancel()
+    await asyncio.wait([tasks[100]])
+    go_on.set()
+    await asyncio.wait(tasks)
+    assert sorted(entered) == [n for n in range(200) if n != 100]
+    assert most[0] == ENTERING
+    assert db.stats().leases == 199
 
 
 def test_a_lease_is_one_shot(watch: Watch, driver: Driver) -> None:

@@ -96,6 +96,71 @@ def test_a_lease_held_across_a_fork_stays_the_parents() -> None:
 
 
 @needs_fork
+def test_a_context_manager_entered_before_a_fork_stays_the_parents() -> None:
+    """The child neither leaves it nor drops nor counts it, whoever holds the locks at that time."""
+    out = run(
+        """
+        class Connection:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *exc):
+                print("left", os.getpid() == parent, flush=True)
+
+            def __del__(self):
+                if os.getpid() != parent:
+                    print("inherited object dropped", flush=True)
+
+        db = FromContext(Connection)
+        forgotten = db.lease()
+        forgotten.__enter__()
+        unused = db.lease()
+        with db.lease():
+            with db.turns._lock:
+                child = os.fork()
+        if child == 0:
+            del forgotten
+            assert db.stats().in_use == db.stats().leases == 0
+            parent = os.getpid()
+            with unused:
+                assert db.stats().in_use == db.stats().leases == 1
+
+            async def use():
+                async with db.alease():
+                    pass
+
+            asyncio.run(use())
+            assert db.stats().leases == 2
+            sys.stdout.flush()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        forgotten.__exit__(None, None, None)
+        assert (db.stats().in_use, db.stats().leases) == (0, 2)
+        """
+    )
+    assert out.splitlines() == ["left True"] * 4
+
+
+@needs_fork
+def test_a_child_takes_several_objects_whoever_held_the_lock() -> None:
+    """The lock of the gates is renewed: another thread may have held it."""
+    run(
+        """
+        from langgraph_perf.resources import registry
+        resources = Registry({"db": Pool(Thing, max_size=2)})
+        wanted = {"a": registry.Want("db"), "b": registry.Want("db")}
+        with registry._gates_lock:
+            child = os.fork()
+        if child == 0:
+            with resources.lease(wanted) as leased:
+                assert leased["a"] is not leased["b"]
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        """
+    )
+
+
+@needs_fork
 def test_forking_while_threads_use_the_pool() -> None:
     """The child does not inherit a lock that nobody will ever release."""
     out = run(
