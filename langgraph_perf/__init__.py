@@ -56,7 +56,8 @@ __all__ = [
 
 if find_spec("redis") is None:
     # ``import *`` imports all of them; by its name it can be asked for, and says what is missing
-    __all__.remove("RedisCache")
+    # (type checkers, which would understand ``remove``, know it all the same)
+    globals()["__all__"] = [name for name in __all__ if name != "RedisCache"]
 
 # imported when they are first asked for: a graph needs one cache, and often no resources
 _LATER = {

@@ -18,6 +18,7 @@ from langgraph_perf import (
     CachePolicy,
     DiskCache,
     MemoryCache,
+    RedisCache,
     StateGraph,
     TieredCache,
     get_cache,
@@ -55,7 +56,11 @@ builder.add_node(anode, cache_policy=LangGraphCachePolicy(ttl=60))
 builder.add_node("b", node, cache_policy=CachePolicy(key=lambda state: state["query"], vary=()))
 builder.add_edge(START, "a").add_edge("a", "anode")
 graph = builder.compile(
-    cache=TieredCache(MemoryCache(max_bytes=1_000_000), DiskCache(".cache", size_limit=10**9)),
+    cache=TieredCache(
+        MemoryCache(max_bytes=1_000_000),
+        DiskCache(".cache", size_limit=10**9),
+        RedisCache("redis://x"),
+    ),
     name="graph",
 )
 plain = builder.compile(cache=InMemoryCache())
