@@ -116,8 +116,11 @@ def test_a_context_manager_entered_before_a_fork_stays_the_parents() -> None:
         forgotten.__enter__()
         unused = db.lease()
         with db.lease():
-            with db.turns._lock:
-                child = os.fork()
+            db.turns._lock.acquire()  # like a thread that is not there in the child
+            child = os.fork()
+            if child != 0:
+                db.turns._lock.release()
+                assert os.waitpid(child, 0)[1] == 0
         if child == 0:
             del forgotten
             assert db.stats().in_use == db.stats().leases == 0
@@ -133,7 +136,6 @@ def test_a_context_manager_entered_before_a_fork_stays_the_parents() -> None:
             assert db.stats().leases == 2
             sys.stdout.flush()
             os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
         forgotten.__exit__(None, None, None)
         assert (db.stats().in_use, db.stats().leases) == (0, 2)
         """
@@ -149,12 +151,13 @@ def test_a_child_takes_several_objects_whoever_held_the_lock() -> None:
         from langgraph_perf.resources import registry
         resources = Registry({"db": Pool(Thing, max_size=2)})
         wanted = {"a": registry.Want("db"), "b": registry.Want("db")}
-        with registry._gates_lock:
-            child = os.fork()
+        registry._gates_lock.acquire()  # like a thread that is not there in the child
+        child = os.fork()
         if child == 0:
             with resources.lease(wanted) as leased:
                 assert leased["a"] is not leased["b"]
             os._exit(0)
+        registry._gates_lock.release()
         assert os.waitpid(child, 0)[1] == 0
         """
     )
