@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from langgraph_perf.resources import Registry, Use
 
 _LANGGRAPHS_OWN = ("config", "error", "previous", "runtime", "store", "writer")
+_CALLED_WITH = ("input", "self")
+"""Parameters of the method of LangGraph's that passes on what a node is called with."""
 _CAN_BE_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -92,16 +94,14 @@ def parse_resources(
     where = f"node {name!r}, resources"
     accepted = "a list of names, or a mapping of parameters to names or Use(...)"
     if isinstance(resources, Mapping):
-        given = dict(resources)
+        given = list(resources.items())
     elif isinstance(resources, str) or not isinstance(resources, Sequence):
         hint = f"; did you mean [{resources!r}]?" if isinstance(resources, str) else ""
         raise ConfigurationError(f"{where}: got {resources!r}; accepted: {accepted}{hint}")
     else:
-        given = {}
-        for item in resources:
-            given[item.name if isinstance(item, Use) else item] = item
+        given = [(item.name if isinstance(item, Use) else item, item) for item in resources]
     uses: dict[str, Use] = {}
-    for parameter, use in given.items():
+    for parameter, use in given:
         if not isinstance(parameter, str) or not isinstance(use, str | Use):
             raise ConfigurationError(f"{where}: got {use!r} in it; accepted: {accepted}")
         uses[parameter] = use if isinstance(use, Use) else Use(use)
@@ -135,9 +135,10 @@ def _check_parameters(where: str, function: Any, uses: Mapping[str, Use]) -> Non
     first = next(iter(parameters), None)
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for parameter in uses:
-        if parameter in _LANGGRAPHS_OWN:
+        if parameter in _LANGGRAPHS_OWN or parameter in _CALLED_WITH:
+            how = "fills itself" if parameter in _LANGGRAPHS_OWN else "needs to call the node"
             raise ConfigurationError(
-                f"{where}: {parameter!r} is a parameter that LangGraph fills itself; lease under "
+                f"{where}: {parameter!r} is a parameter that LangGraph {how}; lease under "
                 f"another one: resources={{'my_{parameter}': {uses[parameter].name!r}}}"
             )
         found = parameters.get(parameter)

@@ -426,6 +426,10 @@ def _node(state: State, db: Any) -> State:
         (_node, ["dbb"], "no parameter 'dbb'"),
         (_node, ["state"], "no parameter 'state'"),
         (_node, {"runtime": "db"}, "LangGraph fills itself"),
+        (lambda state, input: {}, {"input": "db"}, "'my_input': 'db'"),
+        (lambda state, self: {}, {"self": "db"}, "'my_self': 'db'"),
+        (_node, [["db"]], "got ['db'] in it"),
+        (_node, [{"db": "db"}], "got {'db': 'db'} in it"),
         (_node, {"db": Use("models", key="nope")}, "no such field"),
         (RunnableLambda(lambda state: state), ["db"], "lease(name)"),
     ],
@@ -635,3 +639,34 @@ async def test_errors_of_sync_bodies_in_async_runs() -> None:
         with pytest.raises(seen):
             await graph.ainvoke({})
         idle(graph)
+
+
+@pytest.mark.parametrize("parameter", ["func", "executor_or_config", "args", "kwargs", "context"])
+async def test_parameters_with_names_of_langgraphs_helpers(parameter: str) -> None:
+    """What LangGraph and LangChain call their own parameters can be a parameter of a node."""
+    names: dict[str, Any] = {}
+    exec(f"def node(state, {parameter}): return {{'answer': {parameter}}}", names)
+    graph = build(names["node"], {parameter: "db"}, {"db": Shared(lambda: "db")})
+    assert graph.invoke({})["answer"] == "db"
+    assert (await graph.ainvoke({}))["answer"] == "db"
+    idle(graph)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_a_manager_cannot_swallow_a_nodes_error(kind: str) -> None:
+    """There would be no result in its place."""
+    seen: list[object] = []
+
+    class Swallow:
+        def __enter__(self) -> str:
+            return "db"
+
+        def __exit__(self, exc_type: object, *_: object) -> bool:
+            seen.append(exc_type)
+            return True
+
+    graph = build(_fails, ["db"], {"db": FromContext(Swallow)})
+    with pytest.raises(ValueError, match="broken"):
+        graph.invoke({}) if kind == "sync" else await graph.ainvoke({})
+    assert seen == [ValueError]
+    idle(graph)

@@ -264,8 +264,9 @@ class Leases(_OneShot):
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         tb: TracebackType | None,
-    ) -> bool:
-        return bool(self._end().__exit__(exc_type, exc, tb))
+    ) -> None:
+        # what a manager swallows goes on: there would be no result in the place of the error
+        self._end().__exit__(exc_type, exc, tb)
 
 
 class AsyncLeases(_OneShot):
@@ -295,8 +296,8 @@ class AsyncLeases(_OneShot):
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         tb: TracebackType | None,
-    ) -> bool:
-        return bool(await self._end().__aexit__(exc_type, exc, tb))
+    ) -> None:
+        await self._end().__aexit__(exc_type, exc, tb)
 
 
 class _Options:
