@@ -21,16 +21,26 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from langgraph_perf.errors import LeaseError
+from langgraph_perf.errors import LeaseError, ResourceError
 from langgraph_perf.resources import _lifecycle, _reaper
-from langgraph_perf.resources._entry import NEVER, RELEASED, UNUSED, Entry, State
+from langgraph_perf.resources._entry import ENTERING, NEVER, RELEASED, UNUSED, Entry, State
 from langgraph_perf.resources._hooks import Hooks
 from langgraph_perf.resources._ledger import Effects, Ledger, Limits
 from langgraph_perf.resources._stats import ResourceStats
 from langgraph_perf.resources._waiters import Waiter
-from langgraph_perf.resources._work import CLOSE_GRACE, aclose, close_now, close_soon, load_soon
+from langgraph_perf.resources._work import (
+    CLOSE_GRACE,
+    aclose,
+    bury,
+    close_now,
+    close_soon,
+    load_soon,
+)
 
 logger = logging.getLogger("langgraph_perf")
+
+LAST_GRACE = 0.01
+"""Seconds that ``close`` grants to each async close for which there is no time left."""
 
 
 class Holder(Protocol):
@@ -61,14 +71,18 @@ class Core(Ledger):
     def _reset(self) -> None:
         super()._reset()
         self.lock = threading.RLock()
-        self._busy = False
+        self._busy = self._torn = False
         self._late: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._end_step()
 
     # -- steps ----------------------------------------------------------------------------------
 
+    # Ctrl-C may end a step, and what is around it, at any call. So what must not be left undone is
+    # done without one, a step that was torn is mended at the beginning of the next, and until then
+    # the fast paths stay closed.
+
     def _do(self, step: Callable[..., None], *args: Any) -> None:
-        effects = None
+        effects, fresh = None, Effects()
         try:
             with self.lock:
                 if self._busy:
@@ -77,14 +91,21 @@ class Core(Ledger):
                 self._busy = True
                 self.quick_in = self.quick_out = False
                 try:
-                    step(*args)
-                finally:
-                    while self._late:
-                        late, late_args = self._late.popleft()
-                        late(*late_args)
-                    effects, self._effects = self._effects, Effects()
-                    self._busy = False
+                    if self._torn:
+                        self._mend()
+                    self._torn = True
+                    try:
+                        step(*args)
+                    finally:
+                        while self._late:
+                            late, late_args = self._late.popleft()
+                            late(*late_args)
                     self._end_step()
+                except ResourceError:  # a step's answer
+                    self._end_step()
+                    raise
+                finally:
+                    effects, self._effects, self._busy = self._effects, fresh, False
         finally:
             if effects is not None:
                 self._carry_out(effects)
@@ -97,27 +118,44 @@ class Core(Ledger):
         calm = not self.queue and not self.closed
         self.quick_in = calm and self.hooks.check is None
         self.quick_out = calm and self.hooks.reset is None
+        self._torn = False
 
     def _carry_out(self, effects: Effects) -> None:
-        for waiter in effects.wakes:
-            if not waiter.wake():
-                self.abandon(waiter)
-        if effects.arm is not None and not self.reaper.arm(self, effects.arm):
-            self.armed = NEVER  # the next object that becomes idle tries again
-        for error in effects.lost:
-            logger.warning("%s: a load that nobody waits for failed: %r", self.hooks.owner, error)
-        for entry in effects.loads:
-            load_soon(self, entry)
-        _each(
-            effects.closes,
-            lambda entry: close_soon(self.hooks, entry, functools.partial(self.emptied, entry)),
-        )
+        try:
+            for waiter in effects.wakes:
+                if not waiter.wake():
+                    self.abandon(waiter)
+            if effects.arm is not None and not self.reaper.arm(self, effects.arm):
+                self.armed = NEVER  # the next object that becomes idle tries again
+            while effects.lost:
+                logger.warning(
+                    "%s: a load that nobody waits for failed: %r",
+                    self.hooks.owner,
+                    effects.lost.pop(),
+                )
+            for entry in effects.loads:
+                load_soon(self, entry)
+            run = self.reaper.run if effects.reaped else None
+            _each(
+                effects.closes,
+                lambda entry: close_soon(
+                    self.hooks, entry, functools.partial(self.emptied, entry), run
+                ),
+            )
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C: once more, which repeats nothing that has begun
+            self._do(self._effects_again, effects)
+            raise
 
     # -- leasing: called by leases ----------------------------------------------------------------
 
     @abstractmethod
     def grab(self, lease: Holder) -> bool:
         """The fast path in: lease what is idle; ``False`` when it takes more than that."""
+
+    def entered(self, lease: Holder) -> None:
+        """``lease`` holds what it asked for."""
 
     @abstractmethod
     def put(self, lease: Holder) -> bool:
@@ -131,6 +169,8 @@ class Core(Ledger):
             TooManyWaiting: the queue is full.
             LeaseError: a finalizer leases in the middle of one of this core's own steps.
         """
+        if self.needs_loop:
+            bury()
         with self.lock:
             if self._busy:
                 raise LeaseError(
@@ -163,7 +203,10 @@ class Core(Ledger):
                 return Step.TAKE
 
     def begin(self, waiter: Waiter) -> Entry:
-        """The place that ``waiter`` was handed, whose load now begins."""
+        """The place that ``waiter`` was handed, whose load now begins.
+
+        Its end must be reported: by ``made`` or by ``failed``, after Ctrl-C too.
+        """
         with self.lock:
             entry, waiter.entry = waiter.entry, None
         assert entry is not None
@@ -182,11 +225,14 @@ class Core(Ledger):
 
     def abandon(self, waiter: Waiter) -> None:
         """``waiter`` leaves; what it was handed in the meantime goes to the next one."""
+        waiter.gone = True
         self._do(self._abandon, waiter)
 
     def look_again(self) -> None:
         """Find places that event loops took with them when they were closed."""
-        if self.needs_loop or self._late:
+        if self.needs_loop:
+            bury()
+        if self.needs_loop or self._late or self._torn:
             self._do(self._look_again)
 
     def held(self, lease: Holder) -> Entry:
@@ -196,8 +242,8 @@ class Core(Ledger):
             LeaseError: the lease was given back already, or never entered.
         """
         entry = lease.entry
-        if entry is UNUSED or entry is RELEASED:
-            was = "not entered" if entry is UNUSED else "given back already"
+        if entry is UNUSED or entry is RELEASED or entry is ENTERING:
+            was = "given back already" if entry is RELEASED else "not entered"
             raise LeaseError(f"{self.hooks.owner}: this lease was {was}; a lease is one-shot")
         return entry
 
@@ -211,15 +257,14 @@ class Core(Ledger):
             if self._busy:
                 # Called by a garbage collection, which may finalize the lease itself next: it
                 # must know now that it is over.
-                entry, lease.entry = self.held(lease), RELEASED
+                entry = self.held(lease)
+                lease.entry = RELEASED
                 self._late.append((self._returned, (entry, ok)))
                 return
         self._do(self._release, lease, ok)
 
     def _release(self, lease: Holder, ok: bool) -> None:
-        entry = self.held(lease)
-        lease.entry = RELEASED
-        self._returned(entry, ok)
+        self._returned(self.held(lease), ok, lease)
 
     def give_back(self, entry: Entry, ok: bool) -> None:
         """Like ``release``, for an object that was taken from its waiter by ``detach``."""
@@ -262,7 +307,13 @@ class Core(Ledger):
 
     def close(self) -> None:
         """Close what is idle now, what is leased when it comes back; waiters get ``PoolClosed``."""
-        _each(self._shut_down(), lambda entry: self._finish(entry, CLOSE_GRACE))
+        deadline = time.monotonic() + CLOSE_GRACE
+
+        def finish(entry: Entry) -> None:
+            # what has begun by then is not waited for, but it is begun
+            self._finish(entry, max(LAST_GRACE, deadline - time.monotonic()))
+
+        _each(self._shut_down(), finish)
 
     def at_exit(self, deadline: float) -> None:
         """Like ``close``, but leave daemon threads waiting: told, they would print tracebacks."""
@@ -282,16 +333,18 @@ class Core(Ledger):
         return idle
 
     def _finish(self, entry: Entry, grace: float) -> None:
-        try:
-            close_now(self.hooks, entry, grace)
-        finally:
-            self.emptied(entry)
+        if entry.claim():
+            try:
+                close_now(self.hooks, entry, grace)
+            finally:
+                self.emptied(entry)
 
     async def _afinish(self, entry: Entry) -> None:
-        try:
-            await aclose(self.hooks, entry)
-        finally:
-            self.emptied(entry)
+        if entry.claim():
+            try:
+                await aclose(self.hooks, entry)
+            finally:
+                self.emptied(entry)
 
     def after_fork(self) -> list[Any]:
         """Begin empty in a forked child; gives what belongs to the parent."""

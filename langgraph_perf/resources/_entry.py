@@ -36,9 +36,12 @@ class Entry:
         expires: when it must not be handed out any more.
         waiter: who asked for the load that is under way; gets the object, or the error.
         victim: what must be closed before this one may be made in its place.
+        begun: somebody has set about filling the place, or closing what stands in it, and sees to
+            it that the core hears of the end.
     """
 
     __slots__ = (
+        "begun",
         "expires",
         "fresh",
         "idle_since",
@@ -62,6 +65,14 @@ class Entry:
         self.expires = NEVER
         self.waiter: Waiter | None = None
         self.victim: Entry | None = None
+        self.begun = False
+
+    def claim(self) -> bool:
+        """Whether it is up to the caller to close the object; nobody does so twice."""
+        if self.begun:
+            return False
+        self.begun = True
+        return True
 
 
 def _sentinel() -> Entry:
@@ -73,6 +84,8 @@ def _sentinel() -> Entry:
 
 UNUSED = _sentinel()
 """What a lease holds before it is entered."""
+ENTERING = _sentinel()
+"""What a lease holds while it is being entered."""
 RELEASED = _sentinel()
 """What a lease holds once it has been given back."""
 FORGOTTEN = _sentinel()

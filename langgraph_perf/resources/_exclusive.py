@@ -26,13 +26,14 @@ class ExclusiveCore(Core):
     # lock when Ctrl-C comes right after it was acquired.
 
     def grab(self, lease: Holder) -> bool:
+        now = self.clock()
         lock = self.lock
         try:
             lock.acquire()
             idle = self.idle
             if idle and self.quick_in and lease.entry is UNUSED:
                 entry = idle[-1]
-                if entry.loop is lease.loop:
+                if entry.loop is lease.loop and now < entry.expires:
                     del idle[-1]
                     entry.leases = 1
                     lease.entry = entry
@@ -69,29 +70,40 @@ class ExclusiveCore(Core):
         return list(self.idle)
 
     def _serve(self, waiter: Waiter) -> bool:
-        idle = self.idle
+        idle, now = self.idle, self.clock()
         for entry in reversed(idle):
-            if entry.loop is waiter.loop:
+            if entry.loop is waiter.loop and now < entry.expires:
                 idle.remove(entry)
                 self._hand(waiter, entry)
                 return True
         if len(self.entries) < self.limits.max_size:
             self._hand(waiter, self._place(waiter))
             return True
-        if idle:  # objects of other event loops: the oldest makes room
+        if idle:  # objects of other event loops, or too old: the oldest makes room
             self._hand(waiter, self._place(waiter, idle[0]))
             return True
         return False
 
+    def _serve_at_once(self, waiter: Waiter) -> bool:
+        return not self.queue and self._serve(waiter)
+
+    def _enqueued(self, waiter: Waiter) -> None:
+        self._dispatch()  # those before it may have left with their event loops
+
     def _dispatch(self) -> None:
         queue = self.queue
         while queue:
-            if queue[0].alive() and not self._serve(queue[0]):
+            first = next(iter(queue))
+            if first.alive() and not self._serve(first):
                 return
-            queue.popleft()
+            self._withdraw(first)
 
     def _shelve(self, entry: Entry) -> None:
         self.idle.append(entry)
+
+    def _relink(self) -> None:
+        self.idle = [e for e in self.entries if e.state is State.READY and not e.leases]
+        self.idle.sort(key=lambda entry: entry.idle_since)
 
     def _unlink(self, entry: Entry) -> None:
         if entry.state is State.READY and entry in self.idle:

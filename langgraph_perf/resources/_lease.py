@@ -14,13 +14,21 @@ from collections.abc import Callable, Hashable
 from types import CodeType, TracebackType
 from typing import Any, Generic, TypeVar
 
-from langgraph_perf.errors import LeaseError
+from langgraph_perf.errors import ConfigurationError, LeaseError
 from langgraph_perf.resources import _offload
 from langgraph_perf.resources._core import Core, Step
-from langgraph_perf.resources._entry import FORGOTTEN, NEVER, RELEASED, UNUSED, Entry, State
+from langgraph_perf.resources._entry import (
+    ENTERING,
+    FORGOTTEN,
+    NEVER,
+    RELEASED,
+    UNUSED,
+    Entry,
+    State,
+)
 from langgraph_perf.resources._hooks import Hooks, passed
 from langgraph_perf.resources._waiters import TaskWaiter, ThreadWaiter
-from langgraph_perf.resources._work import load, load_soon, off_loop, spawn
+from langgraph_perf.resources._work import end_load, load, load_soon, off_loop, running_loop, spawn
 
 T = TypeVar("T")
 Heartbeat = Callable[[], object]
@@ -44,7 +52,18 @@ class BaseLease(Generic[T]):
     Made by ``CoreResource`` without a constructor, which would take a quarter of a checkout's time.
     """
 
-    __slots__ = ("at", "code", "core", "entry", "heartbeat", "key", "loop", "timeout")
+    __slots__ = (
+        "__weakref__",
+        "at",
+        "code",
+        "core",
+        "entry",
+        "heartbeat",
+        "key",
+        "leaving",
+        "loop",
+        "timeout",
+    )
 
     core: Core
     entry: Entry
@@ -54,17 +73,29 @@ class BaseLease(Generic[T]):
     heartbeat: Heartbeat | None
     code: CodeType | str
     at: int
+    leaving: bool
 
     def __del__(self) -> None:
         entry = self.entry
         if entry is not RELEASED and entry is not UNUSED and entry.state is State.READY:
             _recover(self, entry)
 
-    def _refuse_reuse(self) -> None:
+    def _begin_entering(self) -> None:
         if self.entry is not UNUSED:
             raise LeaseError(
                 f"{self.core.hooks.owner}: this lease was entered already; a lease is one-shot"
             )
+        self.entry = ENTERING
+
+    def _begin_leaving(self) -> Any:
+        """The object, which is about to be reset; whoever calls this gives it back afterwards."""
+        entry = self.core.held(self)
+        if getattr(self, "leaving", False):
+            raise LeaseError(
+                f"{self.core.hooks.owner}: this lease is being given back; a lease is one-shot"
+            )
+        self.leaving = True
+        return entry.obj
 
 
 class Lease(BaseLease[T]):
@@ -89,26 +120,42 @@ class Lease(BaseLease[T]):
         if core.hooks.reset is None or core.held(self).state is State.GONE:
             core.release(self)
         else:
-            _reset(self, self.entry.obj)
+            _reset(self, self._begin_leaving())
 
     def _acquire(self) -> None:
-        self._refuse_reuse()
+        self._begin_entering()
         core = self.core
         waiter = ThreadWaiter(self.key, core.clock(), _limit(self.timeout))
         try:
             core.take(waiter)
             while (step := core.advance(waiter)) is not Step.TAKE:
                 if step is Step.WAIT:
+                    if running_loop() is not None:
+                        core.hooks.log_blocked_loop()
                     waiter.wait(_nap(waiter.deadline - core.clock()))
                     self._beat(waiter)
                 elif step is Step.LOAD:
-                    load(core, core.begin(waiter))
+                    self._load(waiter)
                 else:
                     self._check(waiter)
             assert waiter.entry is not None
             self.entry, waiter.entry = waiter.entry, None
+            core.entered(self)
         except BaseException:
+            if self.entry is ENTERING:
+                self.entry = UNUSED
             core.abandon(waiter)
+            raise
+
+    def _load(self, waiter: ThreadWaiter) -> None:
+        core, place = self.core, waiter.entry
+        assert place is not None
+        try:
+            load(core, core.begin(waiter))
+        except BaseException as exc:  # Ctrl-C before, or after, what load() itself sees to
+            if waiter.entry is None and place.waiter is waiter:
+                place.begun = True
+                end_load(core, place, exc)
             raise
 
     def _beat(self, waiter: ThreadWaiter) -> None:
@@ -149,15 +196,21 @@ class AsyncLease(BaseLease[T]):
             return
         if core.hooks.reset is None or core.held(self).state is State.GONE:
             core.release(self)
-        elif exc_type is GeneratorExit:
+            return
+        obj = self._begin_leaving()
+        if exc_type is GeneratorExit:
             core.release(self, False)  # the task is being destroyed: it cannot await a reset
         elif core.hooks.async_reset:
-            await asyncio.shield(spawn(_areset(self, self.entry.obj)))
+            settle = functools.partial(_unfit, self)
+            task = spawn(_areset(self, obj), settle)
+            await asyncio.wait([task])  # which is not cancelled with this one, nor the other way
+            if not task.cancelled():
+                task.result()
         else:
-            await off_loop(functools.partial(_reset, self, self.entry.obj))
+            await off_loop(functools.partial(_reset, self, obj))
 
     async def _acquire(self) -> None:
-        self._refuse_reuse()
+        self._begin_entering()
         core = self.core
         waiter = TaskWaiter(self.key, self.loop, core.clock(), _limit(self.timeout))
         try:
@@ -173,7 +226,10 @@ class AsyncLease(BaseLease[T]):
                     await self._check(waiter)
             assert waiter.entry is not None
             self.entry, waiter.entry = waiter.entry, None
+            core.entered(self)
         except BaseException:
+            if self.entry is ENTERING:
+                self.entry = UNUSED
             core.abandon(waiter)
             raise
 
@@ -187,31 +243,46 @@ class AsyncLease(BaseLease[T]):
         assert waiter.entry is not None
         core, hooks, entry = self.core, self.core.hooks, waiter.entry
         waiter.suspect = True
+        left_behind = False
         job: Any
         answer: asyncio.Future[bool]
         if hooks.async_check:
-            answer = job = asyncio.ensure_future(_apasses(hooks, entry))
+
+            def settle() -> None:
+                if left_behind:
+                    core.give_back(entry, _answer(job))
+
+            answer = job = spawn(_apasses(hooks, entry), settle)
         else:
             job = _offload.shared.submit(functools.partial(_passes, hooks, entry))
             answer = asyncio.wrap_future(job)
 
         def leave() -> None:
             # the check still uses the object: it comes back when that is over
+            nonlocal left_behind
             core.detach(waiter)
-            job.add_done_callback(lambda job: core.give_back(entry, _answer(job)))
-            if job is answer:
+            left_behind = True
+            if job is not answer:
+                job.add_done_callback(lambda job: core.give_back(entry, _answer(job)))
+            elif job.done():
+                settle()
+            else:
                 job.cancel()
 
         try:
             while not answer.done() and (left := waiter.deadline - core.clock()) > 0:
                 await asyncio.wait([answer], timeout=_nap(left))
+                if self.heartbeat is not None and not answer.done():
+                    self.heartbeat()
         except asyncio.CancelledError:
             leave()
             raise
         if not answer.done():
             leave()
             return  # it has nothing any more, and its time is over
-        waiter.checked = answer.result()
+        if not answer.cancelled() and isinstance(answer.exception(), ConfigurationError):
+            answer.result()
+        waiter.checked = _answer(answer)
         waiter.suspect = False
         if not waiter.checked:
             core.spoil(waiter)
@@ -240,7 +311,9 @@ def _passes(hooks: Hooks, entry: Entry) -> bool:
     assert hooks.check is not None
     try:
         return passed(hooks.check(entry.obj))
-    except Exception:
+    except ConfigurationError:
+        raise  # a mistake in the program, which one new object after another would hide
+    except (Exception, asyncio.CancelledError):
         return False
 
 
@@ -253,8 +326,9 @@ async def _apasses(hooks: Hooks, entry: Entry) -> bool:
 
 
 def _answer(check: Any) -> bool:
-    """What an abandoned check said; one that was cancelled leaves its object unfit."""
-    return not check.cancelled() and check.exception() is None and check.result()
+    """What a check said; one that was cancelled, or never ends, leaves its object unfit."""
+    done = check.done() and not check.cancelled()
+    return bool(done and check.exception() is None and check.result())
 
 
 def _reset(lease: BaseLease[Any], obj: Any) -> None:
@@ -265,10 +339,16 @@ def _reset(lease: BaseLease[Any], obj: Any) -> None:
     try:
         hooks.reset(obj)
         ok = True
-    except Exception as exc:
+    except (Exception, asyncio.CancelledError) as exc:
         hooks.log_failed_reset(exc)
     finally:
         lease.core.release(lease, ok)
+
+
+def _unfit(lease: BaseLease[Any]) -> None:
+    """Give back what ``lease`` still holds: its reset never began."""
+    if lease.entry is not RELEASED and lease.entry is not FORGOTTEN:
+        lease.core.release(lease, False)
 
 
 async def _areset(lease: BaseLease[Any], obj: Any) -> None:
@@ -279,7 +359,7 @@ async def _areset(lease: BaseLease[Any], obj: Any) -> None:
     try:
         await hooks.reset(obj)
         ok = True
-    except Exception as exc:
+    except (Exception, asyncio.CancelledError) as exc:  # the task is ours: nobody else misses it
         hooks.log_failed_reset(exc)
     finally:
         lease.core.release(lease, ok)

@@ -12,15 +12,16 @@ can come in between. A waiter is handed either a ready object or a place that it
 from __future__ import annotations
 
 import asyncio
+import itertools
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import random
 from typing import Any
 
 from langgraph_perf.errors import PoolClosed, PoolTimeout, ResourceError, TooManyWaiting
-from langgraph_perf.resources._entry import NEVER, Entry, State
+from langgraph_perf.resources._entry import NEVER, RELEASED, Entry, State
 from langgraph_perf.resources._hooks import Hooks
 from langgraph_perf.resources._stats import ResourceStats
 from langgraph_perf.resources._waiters import Waiter
@@ -51,9 +52,10 @@ class Effects:
         closes: objects to close.
         lost: errors of loads that nobody waits for.
         arm: when the reaper is to call.
+        reaped: the step was the reaper's, whose thread must not run the users' functions.
     """
 
-    __slots__ = ("arm", "closes", "loads", "lost", "wakes")
+    __slots__ = ("arm", "closes", "loads", "lost", "reaped", "wakes")
 
     def __init__(self) -> None:
         self.wakes: list[Waiter] = []
@@ -61,6 +63,7 @@ class Effects:
         self.closes: list[Entry] = []
         self.lost: list[BaseException] = []
         self.arm: float | None = None
+        self.reaped = False
 
 
 class Ledger(ABC):
@@ -69,7 +72,7 @@ class Ledger(ABC):
     Attributes:
         armed: when the reaper will call; never later than the first idle object falls due.
         reach: in how many seconds an object that becomes idle now must be looked at.
-        queue: who waits, in the order in which they came.
+        queue: who waits, in the order in which they came, and everybody's number in it.
         entries: all places that count towards ``max_size``.
         granted: leases so far.
     """
@@ -85,7 +88,8 @@ class Ledger(ABC):
     def _reset(self) -> None:
         """Begin with empty books."""
         self.armed = self.reach = NEVER
-        self.queue: deque[Waiter] = deque()
+        self.queue: OrderedDict[Waiter, int] = OrderedDict()
+        self._turns = itertools.count()
         self.entries: set[Entry] = set()
         self.granted = 0
         self._effects = Effects()
@@ -103,6 +107,18 @@ class Ledger(ABC):
         """Hand ``waiter`` an object or a place; ``False`` when it has to wait."""
 
     @abstractmethod
+    def _serve_at_once(self, waiter: Waiter) -> bool:
+        """Like ``_serve``, for somebody who has just come: ``False`` when others are first."""
+
+    @abstractmethod
+    def _enqueued(self, waiter: Waiter) -> None:
+        """``waiter`` has joined the queue."""
+
+    def _withdraw(self, waiter: Waiter) -> bool:
+        """Take ``waiter`` out of the queue; ``False`` if it is not in it."""
+        return self.queue.pop(waiter, None) is not None
+
+    @abstractmethod
     def _dispatch(self) -> None:
         """Serve the queue as far as it goes."""
 
@@ -114,6 +130,10 @@ class Ledger(ABC):
     def _unlink(self, entry: Entry) -> None:
         """A place is not to be found any more: it is leaving, or making room."""
 
+    @abstractmethod
+    def _relink(self) -> None:
+        """Make what can be found agree with ``entries`` and ``queue``."""
+
     # -- the steps --------------------------------------------------------------------------------
 
     def _take(self, waiter: Waiter) -> None:
@@ -122,14 +142,14 @@ class Ledger(ABC):
             raise PoolClosed(f"{self.hooks.owner} is closed")
         if self.needs_loop:
             self._sweep()
-        if self.queue or not self._serve(waiter):
+        if not self._serve_at_once(waiter):
             if 0 < limits.max_waiting <= len(self.queue):
                 raise TooManyWaiting(
                     f"{self.hooks.owner}: {len(self.queue)} callers are waiting already "
                     f"(max_waiting={limits.max_waiting})"
                 )
-            self.queue.append(waiter)
-            self._dispatch()
+            self.queue[waiter] = next(self._turns)
+            self._enqueued(waiter)
         self._refill(waiter.loop)
 
     def _refill(self, loop: asyncio.AbstractEventLoop | None) -> None:
@@ -148,27 +168,29 @@ class Ledger(ABC):
                 self._arm_for(idle)
 
     def _hand(self, waiter: Waiter, entry: Entry) -> None:
-        waiter.entry = entry
-        if entry.state is State.READY:
-            entry.leases += 1
-            self.granted += 1
-            now = self.clock()
-            waited, waiter.since = now - waiter.since, now
-            self._wait_seconds += waited
-            self._longest_wait = max(self._longest_wait, waited)
-        else:
-            entry.waiter = waiter
         self._effects.wakes.append(waiter)
+        if entry.state is not State.READY:
+            waiter.entry, entry.waiter = entry, waiter
+            return
+        now = self.clock()
+        waited, waiter.since = now - waiter.since, now
+        self._wait_seconds += waited
+        self._longest_wait = max(self._longest_wait, waited)
+        self.granted += 1
+        # without a call in between: how many hold an object, and who, always agree
+        entry.leases += 1
+        waiter.entry = entry
 
     def _place(self, waiter: Waiter, victim: Entry | None = None) -> Entry:
         """A place for ``waiter`` to fill, a new one or the one where ``victim`` stands."""
         entry = Entry(waiter.key, waiter.loop)
-        if victim is not None:
+        if victim is None:
+            self._add(entry)
+        else:
+            entry.victim, entry.state = victim, State.CLOSING
+            self.entries.add(entry)
             self._unlink(victim)
             self.entries.remove(victim)
-            entry.victim = victim
-            entry.state = State.CLOSING
-        self._add(entry)
         return entry
 
     def _time_out(self, waiter: Waiter) -> None:
@@ -184,64 +206,77 @@ class Ledger(ABC):
 
     def _abandon(self, waiter: Waiter) -> None:
         waiter.gone = True
-        entry, waiter.entry = waiter.entry, None
+        entry = waiter.entry
         if entry is None:
-            try:
-                self.queue.remove(waiter)
-            except ValueError:
-                return  # it waited for a load of its own, which goes on
-            self._dispatch()  # others may have had to let it pass
+            # if it is not there, it waited for a load of its own, which goes on
+            if self._withdraw(waiter):
+                self._dispatch()  # others may have had to let it pass
         elif entry.state is State.READY:
-            self._returned(entry, not waiter.suspect)
-        elif entry.state is not State.GONE:
-            self._discard(entry)
+            self._returned(entry, not waiter.suspect, waiter)
+        else:
+            waiter.entry = None
+            if entry.state is not State.GONE:
+                self._discard(entry)
 
     def _discard(self, entry: Entry) -> None:
         """Free a place that nobody is going to fill."""
-        self._unlink(entry)
-        self.entries.remove(entry)
-        victim, entry.victim, entry.waiter = entry.victim, None, None
-        entry.state = State.GONE
-        if victim is not None:
+        victim = entry.victim
+        if victim is not None and not victim.leases:
+            self._unlink(victim)
             self.entries.add(victim)
             self._leave(victim)
+        entry.victim, entry.waiter, entry.state = None, None, State.GONE
+        self._unlink(entry)
+        self.entries.discard(entry)
         self._dispatch()
 
     def _spoil(self, waiter: Waiter) -> None:
         entry = waiter.entry
         if entry is None or entry.state is not State.READY:
             return
-        entry.leases = 0
         self.granted -= 1
         if self.closed:
-            waiter.entry = None
             waiter.error = PoolClosed(f"{self.hooks.owner} is closed")
-            self._retire(entry)
+            self._returned(entry, False, waiter)
         else:
-            entry.state = State.CLOSING
-            place = self._place(waiter, entry)
-            place.waiter = waiter
-            waiter.entry = place
+            place = Entry(waiter.key, waiter.loop)
+            place.victim, place.waiter, place.state = entry, waiter, State.CLOSING
+            self.entries.add(place)
+            entry.leases, entry.state, waiter.entry = 0, State.CLOSING, place
+            self.entries.remove(entry)
 
     def _lose(self, entry: Entry, ok: bool) -> None:
         self._forgotten += 1
         self._returned(entry, ok)
 
-    def _returned(self, entry: Entry, ok: bool) -> None:
-        if entry.state is not State.READY:
-            return  # inherited through fork: the parent's
+    def _returned(self, entry: Entry, ok: bool, by: Any = None) -> None:
+        """One lease of ``entry`` is over: that of ``by``, a lease or a waiter, if it is known."""
+        now = self.clock()
+        ready = entry.state is State.READY  # if not, it was inherited through fork: the parent's
+        none = None if isinstance(by, Waiter) else RELEASED
+        # without a call in between: how many hold an object, and who, always agree
+        if by is not None:
+            by.entry = none
+        if not ready:
+            return
         entry.leases -= 1
         if entry.leases:
             return
-        now = self.clock()
-        if not ok or self.closed or now >= entry.expires:
+        if not ok:
+            entry.expires = -NEVER
+        entry.idle_since = now
+        self._settle(entry)
+
+    def _settle(self, entry: Entry) -> None:
+        """Make an object that nobody leases available, or close it."""
+        if self.closed or entry.idle_since >= entry.expires:
             self._retire(entry)
         else:
-            self._rest(entry, now)
+            self._rest(entry)
 
-    def _rest(self, entry: Entry, now: float) -> None:
+    def _rest(self, entry: Entry) -> None:
         """Make an object available, and see to it that it will not stay idle for too long."""
-        entry.idle_since = now
+        entry.fresh = False  # whoever it was made for has not come for it
         self._shelve(entry)
         self._dispatch()
         if entry.state is State.READY and not entry.leases:
@@ -264,7 +299,7 @@ class Ledger(ABC):
         self._leave(entry)
 
     def _leave(self, entry: Entry) -> None:
-        entry.state = State.CLOSING
+        entry.state, entry.begun = State.CLOSING, False
         self._effects.closes.append(entry)
 
     def _cleared(self, entry: Entry) -> None:
@@ -274,7 +309,10 @@ class Ledger(ABC):
             self._closes += 1
 
     def _made(self, entry: Entry, obj: Any, seconds: float) -> None:
-        waiter, entry.waiter = entry.waiter, None
+        now = self.clock()
+        if self.limits.max_lifetime is not None:
+            entry.expires = now + self.limits.max_lifetime * (1 - LIFETIME_SPREAD * random())
+        waiter, entry.waiter, entry.begun = entry.waiter, None, False
         entry.obj = obj
         if entry.state is State.GONE:
             self._effects.closes.append(entry)
@@ -282,10 +320,7 @@ class Ledger(ABC):
             return
         self._loads += 1
         self._load_seconds += seconds
-        entry.state = State.READY
-        now = self.clock()
-        if self.limits.max_lifetime is not None:
-            entry.expires = now + self.limits.max_lifetime * (1 - LIFETIME_SPREAD * random())
+        entry.idle_since, entry.state = now, State.READY
         if self.closed:
             self._retire(entry)
             self._tell(waiter, PoolClosed(f"{self.hooks.owner} is closed"))
@@ -294,18 +329,20 @@ class Ledger(ABC):
             self._hand(waiter, entry)
             self._dispatch()  # others may have waited for the same object
         else:
-            self._rest(entry, now)
+            self._rest(entry)
 
     def _failed(self, entry: Entry, error: BaseException) -> None:
-        waiter, entry.waiter = entry.waiter, None
         self._failures += 1
-        entry.victim = None
-        if entry.state is not State.GONE:
-            if entry.state is State.CLOSING:
+        if entry.state is State.CLOSING:
+            if entry.victim is None or entry.victim.begun:
                 self._closes += 1
-            self._unlink(entry)
-            self.entries.remove(entry)
-            entry.state = State.GONE
+            else:
+                self.entries.add(entry.victim)
+                self._leave(entry.victim)
+        waiter, entry.waiter = entry.waiter, None
+        entry.victim, entry.state = None, State.GONE
+        self._unlink(entry)
+        self.entries.discard(entry)
         if not self._tell(waiter, error):
             self._effects.lost.append(error)
         self._dispatch()
@@ -319,10 +356,9 @@ class Ledger(ABC):
 
     def _emptied(self, entry: Entry) -> None:
         if entry.state is State.CLOSING and entry in self.entries:
-            self.entries.remove(entry)
-            entry.state = State.GONE
-            entry.obj = None
             self._closes += 1
+            entry.obj, entry.state = None, State.GONE
+            self.entries.remove(entry)
             self._dispatch()
             self._refill(entry.loop)
 
@@ -346,6 +382,7 @@ class Ledger(ABC):
 
     def _reap(self) -> None:
         self.armed = NEVER
+        self._effects.reaped = True
         if self.needs_loop:
             self._sweep()
         limits, now = self.limits, self.clock()
@@ -370,18 +407,58 @@ class Ledger(ABC):
 
     def _shut(self, idle: list[Entry], tell: bool) -> None:
         self.closed = True
-        idle.extend(self._idle())
-        for entry in idle:
+        for entry in self._idle():
             self._unlink(entry)
-            entry.state = State.CLOSING
+            idle.append(entry)
+            entry.state, entry.begun = State.CLOSING, False
         waiting = list(self.queue)
         self.queue.clear()
+        self._relink()
         for entry in self.entries:
             if entry.waiter is not None:
                 waiting.append(entry.waiter)
                 entry.waiter = None
         for waiter in waiting if tell else ():
             self._tell(waiter, PoolClosed(f"{self.hooks.owner} was closed"))
+
+    # -- after Ctrl-C -----------------------------------------------------------------------------
+
+    def _effects_again(self, effects: Effects) -> None:
+        """Collect once more what could not be carried out to its end."""
+        ours = self._effects
+        ours.wakes += effects.wakes
+        ours.loads += effects.loads
+        ours.closes += effects.closes
+        if effects.arm is not None:
+            ours.arm = effects.arm if ours.arm is None else min(ours.arm, effects.arm)
+
+    def _mend(self) -> None:
+        """Bring the books in order that a step has left half done.
+
+        What counts is what changes without a call in between: the state of each entry, and who
+        holds it. From that follows all the rest.
+        """
+        effects = self._effects
+        self.entries = {entry for entry in self.entries if entry.state is not State.GONE}
+        for waiter in [w for w in self.queue if w.gone or w.entry or w.error]:
+            del self.queue[waiter]
+        self._relink()
+        for entry in list(self.entries):
+            if entry.state is State.READY:
+                if not entry.leases and (self.closed or entry.idle_since >= entry.expires):
+                    self._retire(entry)
+            elif entry.begun:
+                continue  # whoever began reports the end
+            elif entry.state is State.LOADING or entry.victim is not None:
+                unwanted = entry.waiter is None or entry.waiter.gone
+                if unwanted and entry not in effects.loads:
+                    self._discard(entry)
+            elif entry not in effects.closes:
+                effects.closes.append(entry)
+        self.armed = NEVER
+        for entry in self._idle():
+            self._arm_for(entry)
+        self._dispatch()
 
     def _snapshot(self) -> ResourceStats:
         entries = list(self.entries)

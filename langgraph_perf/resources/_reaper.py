@@ -18,10 +18,9 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-logger = logging.getLogger("langgraph_perf")
+from langgraph_perf.resources._work import in_background
 
-STUCK_SECONDS = 5.0
-"""A target that keeps the thread this long is left behind by a substitute thread."""
+logger = logging.getLogger("langgraph_perf")
 
 
 class Target(Protocol):
@@ -42,17 +41,22 @@ def _wait(inbox: _Inbox, timeout: float) -> _Message:
 class Reaper:
     """Calls ``target.reap()`` at the deadlines it was armed with.
 
+    Its thread runs none of the users' functions, which could keep it for ever.
+
     Args:
         clock: gives seconds; tests pass a fake one.
         wait: takes the next message or raises ``queue.Empty`` when the timeout is over.
+        run: has a job done, a user's ``close``, on another thread.
     """
 
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
         wait: Callable[[_Inbox, float], _Message] = _wait,
+        run: Callable[[Callable[[], None]], object] = in_background,
     ) -> None:
         self.clock = clock
+        self.run = run
         self._wait = wait
         self._order = itertools.count()
         self.after_fork()
@@ -63,7 +67,6 @@ class Reaper:
         self._inbox: _Inbox = SimpleQueue()
         self._heap: list[tuple[float, int, weakref.ref[Target]]] = []
         self._thread: threading.Thread | None = None
-        self._busy_since: float | None = None
 
     def arm(self, target: Target, deadline: float) -> bool:
         """Have ``target.reap()`` called at ``deadline``; ``False`` when no thread can be had."""
@@ -71,8 +74,7 @@ class Reaper:
         # when a target dies, a message makes the thread look: it may have nothing left to wait for
         inbox.put((deadline, weakref.ref(target, lambda _: inbox.put(None))))
         with self._lock:
-            stuck = self._busy_since is not None and self.clock() - self._busy_since > STUCK_SECONDS
-            return self._start() if self._thread is None or stuck else True
+            return self._thread is not None or self._start()
 
     def settle(self) -> None:
         """Wait until everything that is due now has been done (for tests)."""
@@ -90,7 +92,6 @@ class Reaper:
 
     def _start(self) -> bool:
         thread = threading.Thread(target=self._run, name="langgraph-perf-reaper", daemon=True)
-        self._busy_since = None
         self._thread = thread
         try:
             thread.start()
@@ -100,8 +101,8 @@ class Reaper:
         return True
 
     def _run(self) -> None:
-        me = threading.current_thread()
-        while self._call_due(me):
+        while True:
+            self._call_due()
             timeout = max(0.0, self._heap[0][0] - self.clock()) if self._heap else 0.0
             try:
                 message = (
@@ -109,8 +110,6 @@ class Reaper:
                 )
             except Empty:
                 with self._lock:
-                    if self._thread is not me:
-                        return
                     if not self._heap and self._inbox.empty():
                         self._thread = None
                         return
@@ -118,30 +117,21 @@ class Reaper:
             if isinstance(message, tuple):
                 heapq.heappush(self._heap, (message[0], next(self._order), message[1]))
             elif message is not None:
-                if not self._call_due(me):
-                    return
+                self._call_due()
                 message.set()
 
-    def _call_due(self, me: threading.Thread) -> bool:
-        """Call what is due; ``False`` when a substitute has taken this thread's place."""
+    def _call_due(self) -> None:
         self._heap = [item for item in self._heap if item[2]() is not None]
         heapq.heapify(self._heap)
         while self._heap and self._heap[0][0] <= self.clock():
             target = heapq.heappop(self._heap)[2]()
             if target is None:
                 continue
-            with self._lock:
-                self._busy_since = self.clock()
             try:
                 target.reap()
-            except Exception:
+            except BaseException:  # whatever it is, others count on this thread
                 logger.exception("closing idle resources failed")
             del target
-            with self._lock:
-                if self._thread is not me:
-                    return False
-                self._busy_since = None
-        return True
 
 
 shared = Reaper()

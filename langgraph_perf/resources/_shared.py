@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import weakref
+from collections import OrderedDict
 from collections.abc import Hashable
+from contextvars import ContextVar
 
 from langgraph_perf.resources._core import Core, Holder
 from langgraph_perf.resources._entry import RELEASED, UNUSED, Entry, State
-from langgraph_perf.resources._hooks import Hooks
-from langgraph_perf.resources._ledger import Limits
 from langgraph_perf.resources._waiters import Waiter
 
 _Slot = tuple[Hashable, "asyncio.AbstractEventLoop | None"]
+
+_held: ContextVar[tuple[weakref.ref[Holder], ...]] = ContextVar("langgraph_perf_held", default=())
+"""The leases that were taken by whoever runs, and by whoever started that: tasks, and the threads
+on which graphs run nodes, inherit it. Some of them may be over."""
 
 
 class SharedCore(Core):
@@ -20,15 +26,24 @@ class SharedCore(Core):
     The queue is first come first served, but for one thing: a waiter whose object is loaded does
     not wait behind one that waits for room. Strict order would load and unload all the time. So
     that the other one gets its turn, this ends once it has waited ``max_overtake`` seconds: then
-    nobody who came later is given a lease before it, and room is made as leases come back.
+    nobody who came later is given a lease before it, and room is made as leases come back. Except
+    who holds the object already: that lease would end no sooner.
+
+    However many wait, a step looks at no more than the first in each line.
+
+    Attributes:
+        slots: the places by what is asked for.
+        lines: who waits for the same, in the order of the queue.
+        poor: a heap of the first in each line without a place, by their number in the queue; and
+            of some that are no longer that.
     """
 
-    def __init__(self, hooks: Hooks, limits: Limits) -> None:
-        self.slots: dict[_Slot, Entry] = {}
-        super().__init__(hooks, limits)
+    slots: dict[_Slot, Entry]
+    lines: dict[_Slot, OrderedDict[Waiter, None]]
+    poor: list[tuple[int, Waiter]]
 
     def _reset(self) -> None:
-        self.slots = {}
+        self.slots, self.lines, self.poor = {}, {}, []
         super()._reset()
 
     def grab(self, lease: Holder) -> bool:
@@ -39,8 +54,14 @@ class SharedCore(Core):
                     entry.leases += 1
                     lease.entry = entry
                     self.granted += 1
-                    return True
-        return False
+        if lease.entry is UNUSED:
+            return False
+        self.entered(lease)
+        return True
+
+    def entered(self, lease: Holder) -> None:
+        held = [ref for ref in _held.get() if (it := ref()) is not None and it.entry.leases]
+        _held.set((*held, weakref.ref(lease)))
 
     def put(self, lease: Holder) -> bool:
         now = self.clock()
@@ -74,22 +95,89 @@ class SharedCore(Core):
         self._hand(waiter, place)
         return True
 
-    def _dispatch(self) -> None:
-        waiting = list(self.queue)
-        served: set[Waiter] = set()
-        for waiter in waiting:
-            if not waiter.alive() or self._serve(waiter):
-                served.add(waiter)
-            elif self._blocked_for_too_long(waiter):
-                break
-        if served:
-            self.queue.clear()
-            self.queue.extend(waiter for waiter in waiting if waiter not in served)
+    def _serve_at_once(self, waiter: Waiter) -> bool:
+        first = self._first_poor()
+        if first is not None and self._must_be_next(first):
+            entry = self.slots.get((waiter.key, waiter.loop))
+            if entry is None or not _holds(entry):
+                return False
+        return self._serve(waiter)
 
-    def _blocked_for_too_long(self, waiter: Waiter) -> bool:
-        """Whether ``waiter`` waits for room (not for a load) and must not be overtaken any more."""
-        if (waiter.key, waiter.loop) in self.slots:
+    def _enqueued(self, waiter: Waiter) -> None:
+        slot = (waiter.key, waiter.loop)
+        line = self.lines.setdefault(slot, OrderedDict())
+        line[waiter] = None
+        if len(line) == 1 and slot not in self.slots:
+            heapq.heappush(self.poor, (self.queue[waiter], waiter))
+
+    def _withdraw(self, waiter: Waiter) -> bool:
+        if not super()._withdraw(waiter):
             return False
+        slot = (waiter.key, waiter.loop)
+        line = self.lines[slot]
+        was_first = next(iter(line)) is waiter
+        del line[waiter]
+        if not line:
+            del self.lines[slot]
+        elif was_first and slot not in self.slots:
+            self._push_first(line)
+        return True
+
+    def _push_first(self, line: OrderedDict[Waiter, None]) -> None:
+        first = next(iter(line))
+        heapq.heappush(self.poor, (self.queue[first], first))
+
+    def _dispatch(self) -> None:
+        room = True
+        while self.queue:
+            poor, rich = self._first_poor() if room else None, self._first_rich()
+            if poor is not None and (rich is None or self.queue[poor] < self.queue[rich]):
+                if self._serve(poor):
+                    self._withdraw(poor)
+                elif self._must_be_next(poor):
+                    return
+                else:
+                    room = False
+            elif rich is not None:
+                if rich.alive():
+                    self._serve(rich)
+                self._withdraw(rich)
+            else:
+                return
+
+    def _first_poor(self) -> Waiter | None:
+        """The first one who waits for room, and not for a load that is under way."""
+        while self.poor:
+            waiter = self.poor[0][1]
+            slot = (waiter.key, waiter.loop)
+            first = (
+                waiter in self.queue
+                and slot not in self.slots
+                and next(iter(self.lines[slot])) is waiter
+            )
+            if first and waiter.alive():
+                return waiter
+            heapq.heappop(self.poor)
+            if first:
+                self._withdraw(waiter)
+        return None
+
+    def _first_rich(self) -> Waiter | None:
+        """The first one whose object is there."""
+        slots, lines = self.slots, self.lines
+        some = lines if len(lines) < len(slots) else slots
+        return min(
+            (
+                next(iter(lines[slot]))
+                for slot in some
+                if slot in lines and slot in slots and slots[slot].state is State.READY
+            ),
+            key=self.queue.__getitem__,
+            default=None,
+        )
+
+    def _must_be_next(self, waiter: Waiter) -> bool:
+        """Whether ``waiter``, who waits for room, must not be overtaken any more."""
         return self.clock() - waiter.since >= self.limits.max_overtake
 
     def _shelve(self, entry: Entry) -> None:
@@ -99,3 +187,18 @@ class SharedCore(Core):
         slot = (entry.key, entry.loop)
         if self.slots.get(slot) is entry:
             del self.slots[slot]
+            if slot in self.lines:
+                self._push_first(self.lines[slot])
+
+    def _relink(self) -> None:
+        self.slots, self.lines, self.poor = {}, {}, []
+        for entry in self.entries:
+            if entry.state is not State.CLOSING or entry.victim is not None:
+                self.slots[entry.key, entry.loop] = entry
+        for waiter in self.queue:
+            self._enqueued(waiter)
+
+
+def _holds(entry: Entry) -> bool:
+    """Whether the caller has a lease of ``entry`` already."""
+    return any((lease := ref()) is not None and lease.entry is entry for ref in _held.get())

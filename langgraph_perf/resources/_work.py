@@ -11,12 +11,13 @@ import concurrent.futures
 import contextvars
 import functools
 import logging
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from langgraph_perf.errors import ResourceError
 from langgraph_perf.resources import _offload
-from langgraph_perf.resources._entry import Entry
+from langgraph_perf.resources._entry import Entry, State
 from langgraph_perf.resources._hooks import Hooks
 
 T = TypeVar("T")
@@ -27,7 +28,8 @@ CLOSE_GRACE = 5.0
 never end: on another thread's event loop, or, for objects whose own loop is closed, on a
 makeshift one."""
 
-_tasks: set[asyncio.Task[Any]] = set()  # event loops hold their tasks weakly
+_tasks: dict[asyncio.AbstractEventLoop, dict[asyncio.Task[Any], Callable[[], None] | None]] = {}
+"""What has not ended yet. Event loops hold their tasks weakly."""
 
 
 class Owner(Protocol):
@@ -57,7 +59,7 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
     return asyncio._get_running_loop()
 
 
-def _in_background(job: Callable[[], None]) -> concurrent.futures.Future[None]:
+def in_background(job: Callable[[], None]) -> concurrent.futures.Future[None]:
     """Run ``job`` on a private thread, or here when there is none left to be had at exit."""
     try:
         return _offload.shared.submit(job)
@@ -73,83 +75,133 @@ async def off_loop(job: Callable[[], T]) -> T:
     return await asyncio.shield(asyncio.wrap_future(_offload.shared.submit(job)))
 
 
-def spawn(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+def spawn(
+    coroutine: Coroutine[Any, Any, T], settle: Callable[[], None] | None = None
+) -> asyncio.Task[T]:
     """A task on the running loop that nobody needs to hold.
 
     Its context is empty, since what it makes outlives the run that happened to ask first.
+    ``settle`` is called at its end, and sees to what is left undone if it never began.
     """
-    task = contextvars.Context().run(asyncio.get_running_loop().create_task, coroutine)
-    _tasks.add(task)
-    task.add_done_callback(_tasks.discard)
+    loop = asyncio.get_running_loop()
+    task = contextvars.Context().run(loop.create_task, coroutine)
+    mine = _tasks.setdefault(loop, {})
+    mine[task] = settle
+
+    def done(task: asyncio.Task[T]) -> None:
+        mine.pop(task, None)
+        if not mine and _tasks.get(loop) is mine:
+            del _tasks[loop]
+        if settle is not None:
+            settle()
+
+    task.add_done_callback(done)
     return task
 
 
 def start_on(
-    loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine[Any, Any, None]]
+    loop: asyncio.AbstractEventLoop,
+    work: Callable[[], Coroutine[Any, Any, None]],
+    settle: Callable[[], None] | None = None,
 ) -> bool:
     """Start ``work`` on ``loop`` from any thread; ``False`` when the loop is closed."""
     if running_loop() is loop:
-        spawn(work())
+        spawn(work(), settle)
         return True
     try:
         # the coroutine is made on the loop: one that is never started would warn
-        loop.call_soon_threadsafe(lambda: spawn(work()))
+        loop.call_soon_threadsafe(lambda: spawn(work(), settle))
     except RuntimeError:
         return False
     return True
+
+
+def bury() -> None:
+    """End the tasks of event loops that were closed by hand: their ``finally`` clauses run here."""
+    for loop in [loop for loop in list(_tasks) if loop.is_closed()]:
+        for task, settle in list(_tasks.pop(loop, {}).items()):
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            coroutine: Any = task.get_coro()
+            try:
+                coroutine.close()
+            except Exception as exc:
+                logger.debug("a task of a closed event loop did not end: %r", exc)
+            if settle is not None:
+                settle()
 
 
 # -- loading -------------------------------------------------------------------------------------
 
 
 def load(owner: Owner, entry: Entry) -> None:
-    """Close what stood in the place, make its new object, report. Blocks; raises nothing."""
+    """Close what stood in the place, make its new object, report. Blocks."""
+    if not entry.claim():
+        return
     try:
         if entry.victim is not None:
-            _close(owner.hooks, entry.victim)
+            if entry.victim.claim():
+                _close(owner.hooks, entry.victim)
             owner.cleared(entry)
         began = owner.clock()
-        obj = owner.hooks.create(entry.key)
-        took = owner.clock() - began
+        entry.obj = owner.hooks.create(entry.key)
+        owner.made(entry, entry.obj, owner.clock() - began)
     except BaseException as exc:
-        owner.failed(entry, exc)
-    else:
-        owner.made(entry, obj, took)
+        if not end_load(owner, entry, exc):
+            raise
+
+
+def end_load(owner: Owner, entry: Entry, error: BaseException) -> bool:
+    """Report a load that ended with ``error``, by which Ctrl-C may also end one that succeeded.
+
+    Returns:
+        Whether ``error`` has been told to whoever waits for the load.
+    """
+    if entry.state not in (State.LOADING, State.CLOSING) or not entry.begun:
+        return False  # the end was reported before
+    if entry.obj is None:
+        owner.failed(entry, error)
+        return True
+    owner.made(entry, entry.obj, 0.0)
+    return False
 
 
 async def aload(owner: Owner, entry: Entry) -> None:
     """Like ``load``, for hooks that need an event loop."""
     hooks = owner.hooks
+    if not entry.claim():
+        return
     try:
         if entry.victim is not None:
-            await aclose(hooks, entry.victim)
+            if entry.victim.claim():
+                await aclose(hooks, entry.victim)
             owner.cleared(entry)
         began = owner.clock()
         if hooks.async_create:
-            obj = await hooks.create(entry.key)
+            entry.obj = await hooks.create(entry.key)
         else:
-            obj = await _acreate_off_loop(owner, entry)
-        took = owner.clock() - began
+            entry.obj = await _acreate_off_loop(owner, entry)
+        owner.made(entry, entry.obj, owner.clock() - began)
     except asyncio.CancelledError:
         # not passed on as it is: the waiter's task was not cancelled
-        owner.failed(entry, ResourceError(f"{hooks.owner}: the load was cancelled"))
+        end_load(owner, entry, _cancelled(hooks))
     except BaseException as exc:
-        owner.failed(entry, exc)
-        if not isinstance(exc, Exception):
+        if not end_load(owner, entry, exc) or not isinstance(exc, Exception):
             raise
-    else:
-        owner.made(entry, obj, took)
+
+
+def _cancelled(hooks: Hooks) -> ResourceError:
+    return ResourceError(f"{hooks.owner}: the load was cancelled")
 
 
 async def _acreate_off_loop(owner: Owner, entry: Entry) -> Any:
     future = _offload.shared.submit(functools.partial(owner.hooks.create, entry.key))
     try:
         return await asyncio.shield(asyncio.wrap_future(future))
-    except asyncio.CancelledError:
+    except BaseException:  # cancelled, or its event loop was closed by hand
         orphan = Entry(entry.key, entry.loop)
 
         def close_orphan(done: Any) -> None:
-            if done.exception() is None:
+            if not done.cancelled() and done.exception() is None:
                 orphan.obj = done.result()
                 close_soon(owner.hooks, orphan, lambda: None)
 
@@ -161,7 +213,19 @@ def load_soon(owner: Owner, entry: Entry) -> None:
     """Start the load of a place where it neither blocks an event loop nor the caller."""
     if owner.hooks.needs_loop:
         assert entry.loop is not None
-        if not start_on(entry.loop, functools.partial(aload, owner, entry)):
+
+        began = False
+
+        async def work() -> None:
+            nonlocal began
+            began = True
+            await aload(owner, entry)
+
+        def settle() -> None:
+            if not began and entry.claim():
+                end_load(owner, entry, _cancelled(owner.hooks))
+
+        if not start_on(entry.loop, work, settle):
             owner.failed(entry, RuntimeError("Event loop is closed"))
         return
     try:
@@ -178,14 +242,24 @@ def _close(hooks: Hooks, entry: Entry) -> None:
     if hooks.close is not None:
         try:
             hooks.close(entry.obj)
-        except Exception as exc:
+        except (Exception, asyncio.CancelledError) as exc:
             hooks.log_failed_close(exc)
+
+
+def _is_being_cancelled() -> bool:
+    """Whether somebody has cancelled the running task, as far as Python tells (from 3.11 on)."""
+    task = asyncio.current_task()
+    return sys.version_info >= (3, 11) and task is not None and task.cancelling() > 0
 
 
 async def _aclose_here(hooks: Hooks, obj: Any) -> None:
     assert hooks.close is not None
     try:
         await hooks.close(obj)
+    except asyncio.CancelledError as exc:
+        if _is_being_cancelled():
+            raise
+        hooks.log_failed_close(exc)
     except Exception as exc:
         hooks.log_failed_close(exc)
 
@@ -218,9 +292,9 @@ def close_now(hooks: Hooks, entry: Entry, grace: float) -> None:
     elif home is None or home.is_closed():
         job = functools.partial(_close_without_its_loop, hooks, entry.obj, grace)
         if here is None:
-            _wait_for(hooks, _in_background(job), grace)
+            _wait_for(hooks, in_background(job), grace)
         else:
-            _in_background(job)
+            in_background(job)
     elif here is not None:
         start_on(home, functools.partial(_aclose_here, hooks, entry.obj))
     elif home.is_running():
@@ -238,44 +312,70 @@ def _wait_for(hooks: Hooks, close: concurrent.futures.Future[None], grace: float
         logger.warning("%s: a close takes long; it is not waited for any more", hooks.owner)
 
 
-def close_soon(hooks: Hooks, entry: Entry, done: Callable[[], None]) -> None:
+def close_soon(
+    hooks: Hooks,
+    entry: Entry,
+    done: Callable[[], None],
+    run: Callable[[Callable[[], None]], object] | None = None,
+) -> None:
     """Have an object closed without making an event loop wait; ``done`` is called afterwards.
 
-    A sync ``close`` runs in the calling thread unless that runs an event loop.
+    A sync ``close`` is handed to ``run``; without one it runs in the calling thread unless that
+    runs an event loop. What somebody has begun to close already is left to them.
     """
     home = entry.loop
     if hooks.close is None:
         done()
     elif not hooks.async_close:
         job = functools.partial(_close_then, hooks, entry, done)
-        if running_loop() is None:
+        if run is not None:
+            run(job)
+        elif running_loop() is None:
             job()
         else:
-            _in_background(job)
+            in_background(job)
     elif home is not None and home.is_running():
-        if not start_on(home, functools.partial(_aclose_then, hooks, entry, done)):
-            done()
-    else:
+        _close_on(home, hooks, entry, done)
+    elif entry.claim():
         # the loop may never run again, so nobody waits for it
         if home is None or not start_on(home, functools.partial(_aclose_here, hooks, entry.obj)):
-            _in_background(
-                functools.partial(_close_without_its_loop, hooks, entry.obj, CLOSE_GRACE)
-            )
+            in_background(functools.partial(_close_without_its_loop, hooks, entry.obj, CLOSE_GRACE))
+        done()
+
+
+def _close_on(
+    home: asyncio.AbstractEventLoop,
+    hooks: Hooks,
+    entry: Entry,
+    done: Callable[[], None],
+    tries: int = 2,
+) -> None:
+    """Close an object on its loop, also when the task for it is cancelled before it begins."""
+
+    def settle() -> None:
+        if not entry.begun:
+            _close_on(home, hooks, entry, done, tries - 1)
+
+    work = functools.partial(_aclose_then, hooks, entry, done)
+    if not (tries and start_on(home, work, settle)) and entry.claim():
+        in_background(functools.partial(_close_without_its_loop, hooks, entry.obj, CLOSE_GRACE))
         done()
 
 
 def _close_then(hooks: Hooks, entry: Entry, done: Callable[[], None]) -> None:
-    try:
-        _close(hooks, entry)
-    finally:
-        done()
+    if entry.claim():
+        try:
+            _close(hooks, entry)
+        finally:
+            done()
 
 
 async def _aclose_then(hooks: Hooks, entry: Entry, done: Callable[[], None]) -> None:
-    try:
-        await _aclose_here(hooks, entry.obj)
-    finally:
-        done()
+    if entry.claim():
+        try:
+            await _aclose_here(hooks, entry.obj)
+        finally:
+            done()
 
 
 def _close_without_its_loop(hooks: Hooks, obj: Any, grace: float) -> None:
@@ -283,5 +383,5 @@ def _close_without_its_loop(hooks: Hooks, obj: Any, grace: float) -> None:
     assert hooks.close is not None
     try:
         asyncio.run(asyncio.wait_for(hooks.close(obj), grace))
-    except Exception as exc:
+    except (Exception, asyncio.CancelledError) as exc:
         logger.debug("%s: close after its event loop ended: %r", hooks.owner, exc)

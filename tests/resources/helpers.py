@@ -157,7 +157,8 @@ class FakeTime:
         def wait(inbox: SimpleQueue[Any], timeout: float) -> Any:
             return inbox.get()  # deadlines only come near when ``advance`` says so
 
-        self.reaper = reaper_module.Reaper(clock=self, wait=wait)
+        # closes on the reaper's thread, so that ``advance`` waits for them
+        self.reaper = reaper_module.Reaper(clock=self, wait=wait, run=lambda job: job())
 
     def __call__(self) -> float:
         return self.now

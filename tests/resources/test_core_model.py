@@ -83,7 +83,9 @@ class CoreMachine(RuleBasedStateMachine):
             Limits(max_size=MAX_SIZE, min_size=1, max_idle=10, max_lifetime=30, max_waiting=4),
         )
 
-    def close_later(self, hooks: Hooks, entry: Entry, done: object) -> None:
+    run = None
+
+    def close_later(self, hooks: Hooks, entry: Entry, done: object, run: object) -> None:
         if entry in self.core.entries:  # not of an earlier example that is garbage collected
             self.to_close.append(entry)
 

@@ -9,17 +9,12 @@ from typing import Any
 
 import pytest
 
-from langgraph_perf.resources import Keyed, Pool, Shared, _reaper
+from langgraph_perf.resources import Keyed, Pool, Shared, _reaper, _work
 from langgraph_perf.resources._offload import Workers
 
 from .helpers import FakeTime, Holder, Maker, Thing, auntil, check_at_rest, until
 
 Watch = Callable[[Any], Any]
-
-
-def reapers() -> list[threading.Thread]:
-    """The reaper threads of this process."""
-    return [t for t in threading.enumerate() if t.name == "langgraph-perf-reaper"]
 
 
 def use(pool: Any, objects: int = 1) -> list[Thing]:
@@ -221,33 +216,50 @@ def test_a_close_that_raises_does_not_stop_the_others(
     assert caplog.text.count("close failed") == 2
 
 
-def test_a_close_that_hangs_does_not_stop_the_others_for_good(
-    watch: Watch, maker: Maker, clock: FakeTime
+@pytest.mark.parametrize("last_words", [None, SystemExit()])
+def test_a_close_that_hangs_or_exits_stops_nobody_elses(
+    watch: Watch, maker: Maker, clock: FakeTime, last_words: BaseException | None
 ) -> None:
-    """The next deadline starts a substitute, and the thread that hung ends when it is free."""
+    """It runs on a thread of its own; the reaper goes on."""
+    clock.reaper.run = _work.in_background
     hung, go_on = threading.Event(), threading.Event()
 
     def close(thing: Thing) -> None:
         hung.set()
         assert go_on.wait(10)
+        if last_words is not None:
+            raise last_words
 
     slow = watch(Pool(maker.create, max_idle=10, close=close))
     other = watch(Pool(maker.create, max_idle=20, close=maker.close))
-    before = set(reapers())
     use(slow)
     use(other)
-    clock.now += 10
-    clock.reaper._inbox.put(None)
-    assert hung.wait(10)
-    third = watch(Pool(maker.create, max_idle=5, close=maker.close))
-    clock.now += _reaper.STUCK_SECONDS + 1
-    use(third)
-    until(lambda: len(set(reapers()) - before) == 2)
     clock.advance(10)
-    assert maker.alive == 1  # the one whose close hangs
+    assert hung.wait(10)
+    clock.advance(10)
+    until(lambda: other.stats().size == 0)
+    assert slow.stats().closing == 1
     go_on.set()
-    until(lambda: slow.stats().closing == 0)
-    until(lambda: not set(reapers()) - before)
+    until(lambda: slow.stats().size == 0)
+
+
+def test_a_target_that_fails_does_not_end_the_reaper(
+    watch: Watch, maker: Maker, clock: FakeTime, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it raises: others count on the thread."""
+
+    class Bad:
+        def reap(self) -> None:
+            raise SystemExit
+
+    bad = Bad()
+    pool = watch(Pool(maker.create, max_idle=10, close=maker.close))
+    use(pool)
+    clock.reaper.arm(bad, clock.now + 5)
+    clock.advance(5)
+    clock.advance(5)
+    assert maker.alive == 0
+    assert "closing idle resources failed" in caplog.text
 
 
 def test_when_no_thread_can_be_had(

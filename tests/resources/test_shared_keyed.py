@@ -300,8 +300,8 @@ def test_from_a_certain_age_on_nobody_is_overtaken(
         with models.lease("hot", timeout=0):
             pass
         clock.now += 0.2
-        with pytest.raises(PoolTimeout), models.lease("hot", timeout=0):
-            pass
+        with pytest.raises(PoolTimeout):
+            Holder(models, "hot", timeout=0).wait()
         late = Holder(models, "hot")
         until(lambda: models.stats().waiting == 2)
     assert cold.wait().key == "cold"
