@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Hashable
+import weakref
+from collections.abc import Callable, Coroutine, Hashable
 from typing import Any
 
 from langgraph_perf.errors import ConfigurationError
@@ -54,9 +55,10 @@ class Hooks:
         self.owner = owner
         self.keyed = keyed
         self._create = create
-        self.check = check
-        self.reset = reset
-        self.close = close
+        self.check = self._seen_through("check", check)
+        self.reset = self._seen_through("reset", reset)
+        self.close = self._seen_through("close", close)
+        self._said_that_a_loop_stands_still = False
         self.async_create = is_async(create)
         self.async_check = is_async(check)
         self.async_reset = is_async(reset)
@@ -74,14 +76,22 @@ class Hooks:
             ConfigurationError: a function that is not ``async def`` returned a coroutine.
         """
         made = self._create(key) if self.keyed else self._create()
-        if inspect.iscoroutine(made) and not self.async_create:
-            made.close()  # or it would warn that it was never awaited
-            raise ConfigurationError(
-                f"{self.owner}: create={describe(self._create)} returned a coroutine; pass an "
-                "'async def' function instead (a lambda hides that it is async), so that it is "
-                "known before a node runs"
-            )
+        if not self.async_create:
+            _refuse_coroutine(self.owner, "create", self._create, made)
         return made
+
+    def _seen_through(self, field: str, hook: Hook | None) -> Hook | None:
+        """``hook``, raising ``ConfigurationError`` when it gives a coroutine that nobody awaits."""
+        if hook is None or is_async(hook):
+            return hook
+        hooks = weakref.ref(self)  # a cycle would put off the end of a dropped resource
+
+        def call(obj: Any) -> Any:
+            answer = hook(obj)
+            _refuse_coroutine(getattr(hooks(), "owner", "a resource"), field, hook, answer)
+            return answer
+
+        return call
 
     def log_failed_reset(self, exc: BaseException) -> None:
         """What was done with the object is over: its user must not see the error."""
@@ -90,6 +100,26 @@ class Hooks:
     def log_failed_close(self, exc: BaseException) -> None:
         """A failing close never fails whoever happened to cause it."""
         logger.warning("%s: close failed, the object is dropped: %r", self.owner, exc)
+
+    def log_blocked_loop(self) -> None:
+        """Say, once, that a thread waits which runs an event loop."""
+        if not self._said_that_a_loop_stands_still:
+            self._said_that_a_loop_stands_still = True
+            logger.warning(
+                "%s: a plain lease waits in a thread that runs an event loop, which stands still "
+                "in the meantime, with whoever was to give something back; in an 'async def' use "
+                "'async with alease(...)'",
+                self.owner,
+            )
+
+
+def _refuse_coroutine(owner: str, field: str, hook: Hook, answer: object) -> None:
+    if isinstance(answer, Coroutine):
+        answer.close()  # or it would warn that it was never awaited
+        raise ConfigurationError(
+            f"{owner}: {field}={describe(hook)} returned a coroutine; pass an 'async def' function "
+            "instead (a lambda hides that it is async), so that it is known before a node runs"
+        )
 
 
 def passed(answer: object) -> bool:

@@ -1,0 +1,146 @@
+"""Functions of a resource that do what they should not: they harm nobody, and are not silent."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from langgraph_perf.errors import ConfigurationError
+from langgraph_perf.resources import Keyed, Pool
+
+from .helpers import Holder, Maker, auntil, check_at_rest, until
+
+Watch = Callable[[Any], Any]
+
+
+def _cancel(thing: object) -> None:
+    raise asyncio.CancelledError
+
+
+async def _acancel(thing: object) -> None:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("hook", [_cancel, _acancel])
+@pytest.mark.parametrize("field", ["check", "reset", "close"])
+async def test_a_hook_that_raises_cancelled_error_cancels_nobody(
+    watch: Watch, maker: Maker, field: str, hook: Any
+) -> None:
+    """Like any other error it costs the object, and is no answer to somebody's task."""
+    options: dict[str, Any] = {} if field == "close" else {"close": maker.close}
+    pool = watch(Pool(maker.create, max_size=1, **options, **{field: hook}))
+    for number in range(3):
+        async with pool.alease() as thing:
+            assert thing.number == (0 if field == "close" else number)
+    await pool.aclose()
+    await auntil(lambda: len(maker.closed) == (0 if field == "close" else 3))
+    await auntil(lambda: pool.stats().closed == pool.stats().loads)
+
+
+@pytest.mark.parametrize("field", ["check", "reset", "close"])
+def test_a_hook_that_raises_cancelled_error_in_a_thread(
+    watch: Watch, maker: Maker, field: str
+) -> None:
+    """Sync callers see nothing of it either."""
+    options: dict[str, Any] = {} if field == "close" else {"close": maker.close}
+    pool = watch(Pool(maker.create, max_size=1, **options, **{field: _cancel}))
+    for number in range(3):
+        with pool.lease() as thing:
+            assert thing.number == (0 if field == "close" else number)
+    pool.close()
+    assert pool.stats().closed == pool.stats().loads
+
+
+async def test_the_victims_close_does_not_fail_the_next_load(watch: Watch, maker: Maker) -> None:
+    """Who gets the room of an object is not cancelled when that object's close says so."""
+    models = watch(Keyed(maker.acreate, max_size=1, close=_acancel))
+    for key in ("a", "b", "c"):
+        async with models.alease(key) as thing:
+            assert thing.key == key
+
+
+async def test_a_cancelled_close_is_cancelled(maker: Maker) -> None:
+    """A close that is asked to end, as by the end of its loop, does end."""
+    begun = asyncio.Event()
+
+    async def close(thing: object) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    pool = Pool(maker.acreate, close=close)
+    async with pool.alease():
+        pass
+    task = asyncio.create_task(pool.aclose())
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    check_at_rest(pool)
+
+
+@pytest.mark.parametrize("how", ["thread", "task"])
+async def test_a_check_that_hides_a_coroutine_is_refused(maker: Maker, how: str) -> None:
+    """Its answer would always be yes: the caller is told what to do instead."""
+    pool = Pool(maker.create, max_size=1, check=lambda thing: maker.acheck(thing))
+
+    async def use() -> None:
+        if how == "thread":
+            with pool.lease():
+                pass
+        else:
+            async with pool.alease():
+                pass
+
+    for _ in range(2):
+        await use()  # a new object needs no check
+        with pytest.raises(ConfigurationError, match=r"check=.*<lambda> returned a coroutine"):
+            await use()
+    assert maker.checked == []
+    check_at_rest(pool)
+
+
+@pytest.mark.parametrize("field", ["reset", "close"])
+def test_resets_and_closes_that_hide_a_coroutine_are_reported(
+    maker: Maker, caplog: pytest.LogCaptureFixture, field: str
+) -> None:
+    """Nobody can be failed for it any more, but it is said what was not done and why."""
+    hooks: dict[str, Any] = {"close": maker.close}
+    hooks[field] = lambda thing: getattr(maker, f"a{field}")(thing)
+    pool = Pool(maker.create, **hooks)
+    pool.be_called("db")
+    with caplog.at_level(logging.WARNING, "langgraph_perf"):
+        with pool.lease():
+            pass
+        pool.close()
+    (record,) = caplog.records
+    assert f"{field} failed" in record.getMessage()
+    assert f"Pool 'db': {field}=" in record.getMessage()
+    assert "'async def'" in record.getMessage()
+    assert len(maker.closed) == (1 if field == "reset" else 0)
+    check_at_rest(pool)
+
+
+async def test_a_plain_lease_that_waits_on_a_loop_is_warned_about(
+    watch: Watch, maker: Maker, caplog: pytest.LogCaptureFixture, impatient: None
+) -> None:
+    """Once; one that need not wait, or waits in a thread without a loop, is as it should be."""
+    pool = watch(Pool(maker.create, max_size=1))
+    with caplog.at_level(logging.WARNING, "langgraph_perf"):
+        with pool.lease():
+            other = Holder(pool)
+            until(lambda: pool.stats().waiting == 1)
+        other.wait()
+        other.finish()
+        assert caplog.records == []
+        for _ in range(2):
+            other = Holder(pool)
+            other.wait()
+            with pool.lease(heartbeat=other.let_go.set):
+                pass
+            other.finish()
+    (record,) = caplog.records
+    assert "alease" in record.getMessage()
