@@ -22,7 +22,6 @@ from langgraph_perf.caches._sqlite_fork import (
     forking,
     identity,
     is_lost,
-    let_fork,
     may_pass,
 )
 from langgraph_perf.errors import ConfigurationError
@@ -165,8 +164,6 @@ class Database:
 
     def _borrow(self) -> Handle:
         while True:
-            if forking:
-                let_fork()
             if self._closed:
                 raise sqlite3.ProgrammingError("the cache is closed")
             # A file that was removed or set aside, by whomever, must not go on living in here:
@@ -184,6 +181,7 @@ class Database:
             if not forking or may_pass():
                 handle.user = threading.get_ident()
                 return handle
+            # a fork was announced: `_connect` waits until it is done
             self._connections.close(handle)
 
     def _give_back(self, handle: Handle) -> None:

@@ -96,7 +96,8 @@ class Connections:
             if passes or not forking:
                 break
             busy.remove(me)
-            let_fork()
+            while forking:
+                time.sleep(_NAP)
         try:
             yield
         finally:
@@ -140,12 +141,6 @@ class Connections:
         self.idle.clear()
         self._busy = []
         self._open = weakref.WeakValueDictionary()
-
-
-def let_fork() -> None:
-    """Wait until nobody is about to fork, unless a fork waits for this thread."""
-    while forking and not may_pass():
-        time.sleep(_NAP)
 
 
 def may_pass() -> bool:

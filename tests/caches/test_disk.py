@@ -794,12 +794,14 @@ def test_fork_during_an_endless_transaction(tmp_path, caplog):
 
 @needs_fork
 @may_fork
-def test_fork_inside_an_operation(disk):
+def test_fork_inside_an_operation(tmp_path):
     """A thread may fork while it has a connection itself (a signal handler): it does not wait for
     itself, its own operation goes on, and cannot go on in the child."""
+    disk = DiskCache(tmp_path, timeout=10)
     disk.write(KEY, entry())
 
     def child() -> bool:
+        assert [handle.con for handle in _sqlite_fork._inherited] == [con]
         with pytest.raises(sqlite3.ProgrammingError, match="fork"):
             disk.invalidate("a")
         with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
@@ -808,9 +810,12 @@ def test_fork_inside_an_operation(disk):
 
     with disk._db.transaction() as con:
         con.execute("DELETE FROM Cache")
+        started = time.monotonic()
         assert forked(child)
+        assert time.monotonic() - started < 9
     assert payload(disk) is None
     assert works(disk)
+    disk.close()
 
 
 @needs_fork
@@ -896,6 +901,29 @@ def test_operations_while_another_thread_forks(disk):
 
 
 @needs_fork
+def test_fork_announced_while_a_connection_is_lent(disk):
+    """A connection that was taken at the same moment is not used before the fork."""
+    disk.write(KEY, entry())
+    (handle,) = disk._db._idle
+    statements: list[str] = []
+    handle.con.set_trace_callback(statements.append)
+    found: list[bytes | None] = []
+    thread = threading.Thread(target=lambda: found.append(payload(disk)))
+    _sqlite_fork.forking.append(threading.get_ident())
+    try:
+        thread.start()
+        most = time.monotonic() + 20
+        while disk._db._connections.users() and time.monotonic() < most:
+            time.sleep(0.001)
+        assert disk._db._idle == []
+    finally:
+        _sqlite_fork.forking.clear()
+    thread.join()
+    assert found == [b"value"]
+    assert statements == []
+
+
+@needs_fork
 @may_fork
 def test_fork_while_a_file_is_made(disk):
     """The lock on making the file is over when its holder says so, whatever children there are."""
@@ -920,9 +948,11 @@ def test_fork_while_a_file_is_made(disk):
 @may_fork
 def test_fork_while_a_cache_is_made(disk):
     """A cache that another thread has only begun to make does not keep the others from working."""
-    half = DiskCache.__new__(DiskCache)
-    Cache.__init__(half)
-    assert forked(lambda: works(disk))
+    halves = [DiskCache.__new__(DiskCache) for _ in range(20)]
+    for half in halves:
+        Cache.__init__(half)
+    with disk._db._writing:
+        assert forked(lambda: works(disk))
 
 
 # -- what is asked of the database ----------------------------------------------------------------
