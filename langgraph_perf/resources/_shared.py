@@ -13,7 +13,8 @@ from langgraph_perf.resources._core import Core, Holder
 from langgraph_perf.resources._entry import RELEASED, UNUSED, Entry, State
 from langgraph_perf.resources._waiters import Waiter
 
-_Slot = tuple[Hashable, "asyncio.AbstractEventLoop | None"]
+_Slot = tuple[Hashable, type, "asyncio.AbstractEventLoop | None"]
+"""What an object is for. The key's type too: ``1``, ``True`` and ``1.0`` are equal."""
 
 _held: ContextVar[tuple[weakref.ref[Holder], ...]] = ContextVar("langgraph_perf_held", default=())
 """The leases that were taken by whoever runs, and by whoever started that: tasks, and the threads
@@ -49,7 +50,7 @@ class SharedCore(Core):
     def grab(self, lease: Holder) -> bool:
         with self.lock:
             if self.quick_in and lease.entry is UNUSED:
-                entry = self.slots.get((lease.key, lease.loop))
+                entry = self.slots.get((lease.key, type(lease.key), lease.loop))
                 if entry is not None and entry.state is State.READY:
                     entry.leases += 1
                     lease.entry = entry
@@ -79,7 +80,7 @@ class SharedCore(Core):
         return [e for e in self.slots.values() if e.state is State.READY and not e.leases]
 
     def _serve(self, waiter: Waiter) -> bool:
-        slot = (waiter.key, waiter.loop)
+        slot = _slot(waiter)
         entry = self.slots.get(slot)
         if entry is not None:
             if entry.state is State.READY:
@@ -98,13 +99,13 @@ class SharedCore(Core):
     def _serve_at_once(self, waiter: Waiter) -> bool:
         first = self._first_poor()
         if first is not None and self._must_be_next(first):
-            entry = self.slots.get((waiter.key, waiter.loop))
+            entry = self.slots.get(_slot(waiter))
             if entry is None or not _holds(entry):
                 return False
         return self._serve(waiter)
 
     def _enqueued(self, waiter: Waiter) -> None:
-        slot = (waiter.key, waiter.loop)
+        slot = _slot(waiter)
         line = self.lines.setdefault(slot, OrderedDict())
         line[waiter] = None
         if len(line) == 1 and slot not in self.slots:
@@ -113,7 +114,7 @@ class SharedCore(Core):
     def _withdraw(self, waiter: Waiter) -> bool:
         if not super()._withdraw(waiter):
             return False
-        slot = (waiter.key, waiter.loop)
+        slot = _slot(waiter)
         line = self.lines[slot]
         was_first = next(iter(line)) is waiter
         del line[waiter]
@@ -149,7 +150,7 @@ class SharedCore(Core):
         """The first one who waits for room, and not for a load that is under way."""
         while self.poor:
             waiter = self.poor[0][1]
-            slot = (waiter.key, waiter.loop)
+            slot = _slot(waiter)
             first = (
                 waiter in self.queue
                 and slot not in self.slots
@@ -184,7 +185,7 @@ class SharedCore(Core):
         pass  # it is found by its key
 
     def _unlink(self, entry: Entry) -> None:
-        slot = (entry.key, entry.loop)
+        slot = _slot(entry)
         if self.slots.get(slot) is entry:
             del self.slots[slot]
             if slot in self.lines:
@@ -194,9 +195,13 @@ class SharedCore(Core):
         self.slots, self.lines, self.poor = {}, {}, []
         for entry in self.entries:
             if entry.state is not State.CLOSING or entry.victim is not None:
-                self.slots[entry.key, entry.loop] = entry
+                self.slots[_slot(entry)] = entry
         for waiter in self.queue:
             self._enqueued(waiter)
+
+
+def _slot(one: Waiter | Entry) -> _Slot:
+    return one.key, type(one.key), one.loop
 
 
 def _holds(entry: Entry) -> bool:

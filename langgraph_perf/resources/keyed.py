@@ -26,7 +26,8 @@ class Keyed(CoreResource[T]):
 
     Places count from before an object is loaded until it is closed, so there are never more than
     ``max_size`` in memory. To make room, the least recently used object without a lease is closed;
-    while all are leased, callers wait. One load for each key, however many ask.
+    while all are leased, callers wait. One load for each key, however many ask. Keys of different
+    types are different keys, also those that Python calls equal, such as ``1`` and ``True``.
 
     Args:
         create: called with the key, loads its object.

@@ -177,7 +177,7 @@ class Registry(Mapping[str, Resource[Any]]):
             resource = self.find(want.name)
             resource.check_key(want.key)
             units = groups.setdefault(resource, [])
-            same = [unit for unit in units if resource.shares and unit.key == want.key]
+            same = [unit for unit in units if resource.shares and _equal(unit.key, want.key)]
             if same:
                 same[0].labels.append(label)
             else:
@@ -195,6 +195,11 @@ class Registry(Mapping[str, Resource[Any]]):
             where or frame.f_code,
             frame.f_lasti,
         )
+
+
+def _equal(a: Hashable, b: Hashable) -> bool:
+    """Whether two keys ask for the same object, which ``1`` and ``True`` do not."""
+    return type(a) is type(b) and a == b
 
 
 class _Unit(NamedTuple):

@@ -22,7 +22,7 @@ from langgraph_perf.resources._core import Core, Limits, Step
 from langgraph_perf.resources._entry import Entry, State
 from langgraph_perf.resources._exclusive import ExclusiveCore
 from langgraph_perf.resources._hooks import Hooks
-from langgraph_perf.resources._shared import SharedCore
+from langgraph_perf.resources._shared import SharedCore, _slot
 from langgraph_perf.resources._waiters import Waiter
 
 MAX_SIZE = 3
@@ -294,7 +294,7 @@ class SharedMachine(CoreMachine):
         assert isinstance(core, SharedCore)
         older_is_blocked = False
         for waiter in core.queue:
-            entry = core.slots.get((waiter.key, None))
+            entry = core.slots.get(_slot(waiter))
             if entry is not None and entry.state is State.READY:
                 assert older_is_blocked
             elif entry is None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from langgraph_perf.errors import ConfigurationError, PoolClosed, PoolTimeout
-from langgraph_perf.resources import MAX_OVERTAKE_SECONDS, Keyed, Shared
+from langgraph_perf.resources import MAX_OVERTAKE_SECONDS, Keyed, Registry, Shared, Want
 from langgraph_perf.resources._waiters import ThreadWaiter
 
 from .helpers import FakeTime, Holder, Maker, Thing, auntil, check_sound, passes, until
@@ -232,6 +232,20 @@ def test_while_all_are_leased_others_wait(watch: Watch, maker: Maker) -> None:
     assert other.wait().key == "b"
     other.finish()
     assert a.closed
+
+
+async def test_keys_of_different_types_are_different_keys(watch: Watch, maker: Maker) -> None:
+    """``1``, ``True`` and ``1.0`` are equal for Python, and need not mean the same model."""
+    models = watch(Keyed(maker.create, close=maker.close))
+    for _ in range(2):
+        with models.lease(1) as a, models.lease(True) as b:
+            async with models.alease(1.0) as c:
+                assert [type(thing.key) for thing in (a, b, c)] == [int, bool, float]
+    assert models.stats().loads == 3
+    registry = Registry({"models": models})
+    wanted = {"a": Want("models", 1), "b": Want("models", True), "c": Want("models", 1)}
+    with registry.lease(wanted) as leased:
+        assert leased == {"a": a, "b": b, "c": a}
 
 
 def test_a_cold_load_does_not_delay_a_hot_key(watch: Watch, maker: Maker) -> None:
