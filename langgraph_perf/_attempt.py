@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import copy
-import sys
 import threading
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
@@ -15,23 +11,19 @@ from contextlib import (
     contextmanager,
     nullcontext,
 )
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from langchain_core.callbacks import (
-    AsyncCallbackManager,
     BaseCallbackHandler,
-    CallbackManager,
 )
 from langchain_core.callbacks.base import BaseCallbackManager
 from langchain_core.outputs import LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.tracers import context as tracers_context
 from langchain_core.tracers.base import BaseTracer
 
 # private names of LangGraph, each with a test in tests/test_langgraph_internals.py
 from langgraph._internal._constants import (
-    CONFIG_KEY_CHECKPOINTER,
     CONFIG_KEY_RESUME_MAP,
     CONFIG_KEY_RESUMING,
     CONFIG_KEY_RUNTIME,
@@ -40,12 +32,12 @@ from langgraph._internal._constants import (
 from langgraph.pregel._retry import _should_retry_on
 
 from langgraph_perf import replay
+from langgraph_perf._background import revalidate
 from langgraph_perf._binding import BINDING, Binding
-from langgraph_perf._call import load, revalidation
-from langgraph_perf._drive import Caller, adrive, drive
+from langgraph_perf._call import load
+from langgraph_perf._drive import NOBODY, Caller
 from langgraph_perf._flight import held_flights
 from langgraph_perf._freshness import Freshness
-from langgraph_perf._gathering import gatherings
 from langgraph_perf._identity import NodeSpec, Uncached, call_key, call_tags
 from langgraph_perf._steps import Call, Ran
 from langgraph_perf._thread_body import on_thread
@@ -68,12 +60,6 @@ class Node(Protocol):
 
 if TYPE_CHECKING:
     from langgraph_perf.resources import Registry, Want
-
-
-def _no_heartbeat() -> None: ...
-
-
-_NOBODY = Caller(_no_heartbeat)
 
 
 class Attempt:
@@ -99,7 +85,7 @@ class Attempt:
         self.config = config
         self.kwargs = kwargs
         self.call: Call | None = None
-        self.caller = _NOBODY
+        self.caller = NOBODY
         self._watch = Watch()
         self._usage: _Usage | None = None
         self._started = 0.0
@@ -184,7 +170,7 @@ class Attempt:
                 policy.ttl,  # type: ignore[arg-type]
                 policy.stale_while_revalidate or 0.0,  # type: ignore[arg-type]
                 policy.stale_if_error or 0.0,  # type: ignore[arg-type]
-                None if spec.has_subgraph else self._revalidate,
+                None if spec.has_subgraph else partial(revalidate, self),
                 self._retried,
             )
             # what a run itself asks for is a limit for stale results as well
@@ -202,46 +188,14 @@ class Attempt:
             jitter=policy.jitter,
             load=lambda payload: replay.unpack_result(payload, state, allowed),
             dump=lambda result: replay.pack_result(result, state),
-            refuse=self._refuse,
-            spent=self._spent,
+            refuse=self.refuse,
+            spent=self.spent,
             on_hit=lambda entry: mark_trace(self.config, entry, digest, backend.cache.clock()),
             freshness=freshness,
             held=held_flights.get(),
         )
-        heartbeat = getattr(runtime, "heartbeat", _no_heartbeat)
+        heartbeat = getattr(runtime, "heartbeat", NOBODY.heartbeat)
         return call, Caller(heartbeat, binding.blocked_loop, not self.node.spec.native_async)
-
-    # -- in the background ------------------------------------------------------------------------
-
-    def _revalidate(self, call: Call, is_async: bool) -> None:
-        """Run the node once more, in the background, for those who ask next."""
-        try:
-            # the graph goes on with this one
-            state = copy.deepcopy(self.input)
-        except Exception as exc:
-            self.node.spec.counters.refused("refresh_failed")
-            self.node.spec.warn(
-                f"a stale result is not computed again in the background: its input cannot be "
-                f"copied: {type(exc).__name__}: {exc}"
-            )
-            return
-        on_loop = is_async and self.node.spec.native_async
-        attempt = Attempt(self.node, state, _detached(self.config, on_loop), {})
-        refresh = replace(
-            call,
-            mode="refresh",
-            refuse=attempt._refuse,
-            spent=attempt._spent,
-            on_hit=_unseen,
-            held=(),
-            suspects=[],
-            background=True,
-        )
-        refreshes = self.config["configurable"][BINDING].refreshes
-        if on_loop:
-            refreshes.start_task(call.key, lambda: attempt._arefresh(refresh))
-        else:
-            refreshes.start(call.key, lambda: attempt._refresh(refresh))
 
     def _retried(self, error: Exception) -> bool:
         """Whether LangGraph will run the node again after ``error``."""
@@ -251,32 +205,6 @@ class Attempt:
             if _should_retry_on(policy, error):
                 return bool(getattr(info, "node_attempt", 1) < policy.max_attempts)
         return False
-
-    def _refresh(self, call: Call) -> None:
-        _on_its_own()
-        try:
-            drive(call, self.invoke, _NOBODY, revalidation)
-        except BaseException as exc:
-            self._failed(exc)
-
-    async def _arefresh(self, call: Call) -> None:
-        _on_its_own()
-        assert call.freshness is not None
-        try:
-            # beyond its window nobody takes a stale result: then callers run the node themselves
-            await asyncio.wait_for(
-                adrive(call, self.ainvoke, _NOBODY, revalidation), call.freshness.while_revalidate
-            )
-        except asyncio.CancelledError:
-            raise
-        except BaseException as exc:
-            self._failed(exc)
-
-    def _failed(self, error: BaseException) -> None:
-        self.node.spec.counters.refused("refresh_failed")
-        self.node.spec.warn(
-            f"a stale result could not be computed again: {type(error).__name__}: {error}"
-        )
 
     # -- the body ---------------------------------------------------------------------------------
 
@@ -370,7 +298,7 @@ class Attempt:
                 binding.resources.check(use, sync=False)
         except ConfigurationError as exc:
             raise ConfigurationError(f"node {spec.name!r}: {exc}") from None
-        heartbeat = getattr(conf.get(CONFIG_KEY_RUNTIME), "heartbeat", _no_heartbeat)
+        heartbeat = getattr(conf.get(CONFIG_KEY_RUNTIME), "heartbeat", NOBODY.heartbeat)
         return binding.resources, wanted, heartbeat
 
     @contextmanager
@@ -395,10 +323,11 @@ class Attempt:
 
     def counted(self, ran: Ran) -> Any:
         """The value of an uncached run."""
-        self.node.spec.counters.ran(ran.seconds, self._spent(ran.value))
+        self.node.spec.counters.ran(ran.seconds, self.spent(ran.value))
         return ran.value
 
-    def _refuse(self, value: Any) -> str | None:
+    def refuse(self, value: Any) -> str | None:
+        """Why the policy does not want ``value`` stored."""
         policy = self.node.spec.policy
         when = policy.when if policy is not None else None
         if when is None:
@@ -411,50 +340,9 @@ class Attempt:
             )
             return "when_raised"
 
-    def _spent(self, value: Any) -> int:
+    def spent(self, value: Any) -> int:
+        """The tokens that language models reported while ``value`` was made."""
         return (self._usage.tokens if self._usage else 0) or replay.spent_tokens(value)
-
-
-def _on_its_own() -> None:
-    """What runs from here on is not part of the call that started it."""
-    held_flights.set(())
-    gatherings.set(())
-    # LangChain and LangSmith keep listeners in context variables
-    for var, *_ in tracers_context._configure_hooks:
-        var.set(None)
-    run_helpers = sys.modules.get("langsmith.run_helpers")
-    parent = getattr(run_helpers, "_PARENT_RUN_TREE", None)
-    if parent is not None:
-        parent.set(None)
-
-
-def _silent(_: Any) -> None: ...
-
-
-def _unseen(entry: Entry) -> None: ...
-
-
-def _detached(config: RunnableConfig, on_loop: bool) -> RunnableConfig:
-    """The config of a node without what ties it to its run: streams, checkpoints, callbacks."""
-    conf = config["configurable"]
-    own = {
-        name: value
-        for name, value in conf.items()
-        if not name.startswith("__pregel_") and name not in _POSITION
-    }
-    own[BINDING] = conf[BINDING]
-    own[CONFIG_KEY_CHECKPOINTER] = None  # of no graph that the node may call
-    runtime = conf.get(CONFIG_KEY_RUNTIME)
-    if runtime is not None:
-        own[CONFIG_KEY_RUNTIME] = runtime.override(
-            stream_writer=_silent, heartbeat=_no_heartbeat, control=None
-        )
-    manager = AsyncCallbackManager if on_loop else CallbackManager
-    callbacks = manager([], parent_run_id=uuid.uuid4())
-    return {**config, "callbacks": callbacks, "configurable": own}
-
-
-_POSITION = ("checkpoint_id", "checkpoint_map", "checkpoint_ns")
 
 
 class _Usage(BaseCallbackHandler):

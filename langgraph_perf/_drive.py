@@ -50,6 +50,12 @@ class Caller(NamedTuple):
     uses_executor: bool = False
 
 
+def _no_heartbeat() -> None: ...
+
+
+NOBODY = Caller(_no_heartbeat)
+
+
 def drive(
     call: Call,
     body: Callable[[], Ran],

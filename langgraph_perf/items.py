@@ -16,7 +16,7 @@ from langchain_core.runnables.config import var_child_runnable_config
 from langgraph_perf import codec, keys
 from langgraph_perf._backend import Backend
 from langgraph_perf._binding import BINDING, Binding
-from langgraph_perf._drive import Caller, adrive, cancellations, drive
+from langgraph_perf._drive import NOBODY, adrive, cancellations, drive
 from langgraph_perf._flight import Flight, held_flights
 from langgraph_perf._gathering import depends
 from langgraph_perf._steps import Call, Ran
@@ -120,7 +120,7 @@ class ItemCache:
                 value = _not_awaitable(compute())
             return Ran(value, time.perf_counter() - started, watch.taint)
 
-        return drive(call, body, _CALLER)  # type: ignore[no-any-return]
+        return drive(call, body, NOBODY)  # type: ignore[no-any-return]
 
     async def aget_or_set(
         self,
@@ -144,7 +144,7 @@ class ItemCache:
                 value = await compute()
             return Ran(value, time.perf_counter() - started, watch.taint)
 
-        return await adrive(call, body, _CALLER)  # type: ignore[no-any-return]
+        return await adrive(call, body, NOBODY)  # type: ignore[no-any-return]
 
     def get_or_set_many(
         self,
@@ -389,8 +389,4 @@ def _unseen(entry: Entry) -> None:
     return None
 
 
-def _no_heartbeat() -> None: ...
-
-
-_CALLER = Caller(_no_heartbeat)
 _NO_CONTROL = CacheControl()
