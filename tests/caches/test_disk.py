@@ -840,7 +840,7 @@ def test_child_that_forked_inside_an_operation_ends(tmp_path):
         cache.set({{(("n",), "k"): ("after", None)}})
         other = "from langgraph_perf.caches.disk import DiskCache; import sys;"
         other += "print(DiskCache(sys.argv[1]).get([(('n',), 'k')]))"
-        os.execl({sys.executable!r}, "python", "-c", other, {str(tmp_path)!r})
+        os.execl({sys.executable!r}, {sys.executable!r}, "-c", other, {str(tmp_path)!r})
     """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
