@@ -77,13 +77,16 @@ async def _arun(attempt: Attempt, call: Call) -> None:
     assert call.freshness is not None
     try:
         # beyond its window nobody takes a stale result: then callers run the node themselves
-        await asyncio.wait_for(
-            adrive(call, attempt.ainvoke, NOBODY, revalidation), call.freshness.while_revalidate
-        )
-    except asyncio.CancelledError:
-        raise
-    except BaseException as exc:
+        await asyncio.wait_for(_attempted(attempt, call), call.freshness.while_revalidate)
+    except Exception as exc:
         _failed(attempt, exc)
+
+
+async def _attempted(attempt: Attempt, call: Call) -> None:
+    try:
+        await adrive(call, attempt.ainvoke, NOBODY, revalidation)
+    except SystemExit as exc:  # which would end the event loop
+        raise RuntimeError(f"the node raised {exc!r}") from exc
 
 
 def _failed(attempt: Attempt, error: BaseException, why: str = "") -> None:

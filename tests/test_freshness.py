@@ -956,3 +956,16 @@ def test_nothing_is_left_of_a_call(clock: Clock) -> None:
         assert ref() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_refresh_that_exits_ends_nothing_else(clock: Clock, is_async: bool) -> None:
+    """``SystemExit`` in the background is a failed refresh, and not the end of the event loop."""
+    node = Node()
+    graph = build(node.awaited if is_async else node, MemoryCache(clock=clock))
+    await graph.ainvoke(ASK)
+    clock.advance(11)
+    node.error = SystemExit(3)
+    assert (await graph.ainvoke(ASK))["answer"] == 1
+    await auntil(lambda: idle(graph))
+    assert graph.perf.stats().nodes["node"].refusals == {"refresh_failed": 1}
