@@ -83,10 +83,10 @@ class _Held:
         tb: TracebackType | None,
     ) -> bool | None:
         job = self._body.left
-        if job is None or exc_type is GeneratorExit:
+        if job is None or asyncio._get_running_loop() is not job.get_loop():
             return await self._leases.__aexit__(exc_type, exc, tb)
         # the thread holds its job, which holds this task
-        asyncio.get_running_loop().create_task(_give_back(self._leases, job, exc_type, exc))
+        job.get_loop().create_task(_give_back(self._leases, job, exc_type, exc))
         return False
 
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import pytest
 from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langchain_core.runnables.config import run_in_executor
+from langgraph._internal._runnable import RunnableCallable
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.errors import NodeError
 from langgraph.graph import START
@@ -36,7 +38,8 @@ from langgraph_perf import (
     get_cache,
     lease,
 )
-from langgraph_perf.resources import Resource
+from langgraph_perf._thread_body import on_thread
+from langgraph_perf.resources import Registry, Resource
 
 from .resources.helpers import auntil
 
@@ -670,3 +673,30 @@ async def test_a_manager_cannot_swallow_a_nodes_error(kind: str) -> None:
         graph.invoke({}) if kind == "sync" else await graph.ainvoke({})
     assert seen == [ValueError]
     idle(graph)
+
+
+async def test_a_destroyed_task_leaves_the_lease_with_its_thread() -> None:
+    """As a cancelled one does."""
+    pool = Pool(Connection, max_size=1)
+    started, go_on = threading.Event(), threading.Event()
+
+    def node(state: State, db: Connection) -> State:
+        started.set()
+        assert go_on.wait(10)
+        return {}
+
+    async def run() -> None:
+        step = RunnableCallable(node, partial(run_in_executor, None, node), trace=False)
+        first, leases = on_thread(step, Registry({"db": pool}).alease({"db": None}))
+        async with leases as leased:
+            await first.ainvoke({}, **leased)
+
+    task = asyncio.create_task(run())
+    await auntil(started.is_set)
+    task.get_coro().close()
+    assert pool.stats().in_use == 1
+    go_on.set()
+    await auntil(lambda: pool.stats().in_use == 0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert pool.stats().forgotten == 0
