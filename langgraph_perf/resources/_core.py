@@ -108,7 +108,13 @@ class Core(Ledger):
                     effects, self._effects, self._busy = self._effects, fresh, False
         finally:
             if effects is not None:
-                self._carry_out(effects)
+                try:
+                    self._carry_out(effects)
+                except Exception:
+                    raise
+                except BaseException:  # Ctrl-C: once more, which repeats nothing that has begun
+                    self._do(self._effects_again, effects)
+                    raise
 
     def _end_step(self) -> None:
         """Say what the fast paths may do: nothing but the obvious, so no queue and not closed."""
@@ -121,32 +127,26 @@ class Core(Ledger):
         self._torn = False
 
     def _carry_out(self, effects: Effects) -> None:
-        try:
-            for waiter in effects.wakes:
-                if not waiter.wake():
-                    self.abandon(waiter)
-            if effects.arm is not None and not self.reaper.arm(self, effects.arm):
-                self.armed = NEVER  # the next object that becomes idle tries again
-            while effects.lost:
-                logger.warning(
-                    "%s: a load that nobody waits for failed: %r",
-                    self.hooks.owner,
-                    effects.lost.pop(),
-                )
-            for entry in effects.loads:
-                load_soon(self, entry)
-            run = self.reaper.run if effects.reaped else None
-            _each(
-                effects.closes,
-                lambda entry: close_soon(
-                    self.hooks, entry, functools.partial(self.emptied, entry), run
-                ),
+        for waiter in effects.wakes:
+            if not waiter.wake():
+                self.abandon(waiter)
+        if effects.arm is not None and not self.reaper.arm(self, effects.arm):
+            self.armed = NEVER  # the next object that becomes idle tries again
+        while effects.lost:
+            logger.warning(
+                "%s: a load that nobody waits for failed: %r",
+                self.hooks.owner,
+                effects.lost.pop(),
             )
-        except Exception:
-            raise
-        except BaseException:  # Ctrl-C: once more, which repeats nothing that has begun
-            self._do(self._effects_again, effects)
-            raise
+        for entry in effects.loads:
+            load_soon(self, entry)
+        run = self.reaper.run if effects.reaped else None
+        _each(
+            effects.closes,
+            lambda entry: close_soon(
+                self.hooks, entry, functools.partial(self.emptied, entry), run
+            ),
+        )
 
     # -- leasing: called by leases ----------------------------------------------------------------
 
@@ -337,7 +337,11 @@ class Core(Ledger):
             try:
                 close_now(self.hooks, entry, grace)
             finally:
-                self.emptied(entry)
+                try:
+                    self.emptied(entry)
+                except BaseException:  # Ctrl-C at the wrong moment; a second time does no harm
+                    self.emptied(entry)
+                    raise
 
     async def _afinish(self, entry: Entry) -> None:
         if entry.claim():

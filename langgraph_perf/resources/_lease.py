@@ -76,7 +76,10 @@ class BaseLease(Generic[T]):
     leaving: bool
 
     def __del__(self) -> None:
-        entry = self.entry
+        try:
+            entry = self.entry
+        except AttributeError:  # Ctrl-C while it was made
+            return
         if entry is not RELEASED and entry is not UNUSED and entry.state is State.READY:
             _recover(self, entry)
 

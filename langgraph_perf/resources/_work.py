@@ -367,7 +367,11 @@ def _close_then(hooks: Hooks, entry: Entry, done: Callable[[], None]) -> None:
         try:
             _close(hooks, entry)
         finally:
-            done()
+            try:
+                done()
+            except BaseException:  # Ctrl-C at the wrong moment; a second time does no harm
+                done()
+                raise
 
 
 async def _aclose_then(hooks: Hooks, entry: Entry, done: Callable[[], None]) -> None:
