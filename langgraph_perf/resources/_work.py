@@ -145,6 +145,8 @@ def load(owner: Owner, entry: Entry) -> None:
         began = owner.clock()
         entry.obj = owner.hooks.create(entry.key)
         owner.made(entry, entry.obj, owner.clock() - began)
+    except asyncio.CancelledError:
+        end_load(owner, entry, _cancelled(owner.hooks))  # nobody's task was cancelled
     except BaseException as exc:
         if not end_load(owner, entry, exc):
             raise

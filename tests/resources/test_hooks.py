@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from langgraph_perf.errors import ConfigurationError
+from langgraph_perf.errors import ConfigurationError, ResourceError
 from langgraph_perf.resources import Keyed, Pool
 
 from .helpers import Holder, Maker, auntil, check_at_rest, until
@@ -53,6 +53,32 @@ def test_a_hook_that_raises_cancelled_error_in_a_thread(
             assert thing.number == (0 if field == "close" else number)
     pool.close()
     assert pool.stats().closed == pool.stats().loads
+
+
+@pytest.mark.parametrize("hooks", ["sync", "async create", "async close"])
+async def test_a_create_that_raises_cancelled_error_is_a_failed_load(
+    watch: Watch, maker: Maker, hooks: str
+) -> None:
+    """The caller gets an error that says so, and is not taken for cancelled."""
+
+    async def acreate() -> object:
+        raise asyncio.CancelledError
+
+    def create() -> object:
+        raise asyncio.CancelledError
+
+    pool = watch(
+        Pool(
+            acreate if hooks == "async create" else create,
+            close=maker.aclose if hooks == "async close" else maker.close,
+        )
+    )
+    with pytest.raises(ResourceError, match="load was cancelled"):
+        async with pool.alease():
+            pass
+    if hooks == "sync":
+        with pytest.raises(ResourceError, match="load was cancelled"), pool.lease():
+            pass
 
 
 async def test_the_victims_close_does_not_fail_the_next_load(watch: Watch, maker: Maker) -> None:
