@@ -142,15 +142,20 @@ class DiskCache(TokenCache):
 
     def _one(self, key: FullKey, tags: tuple[str, ...], max_age: float | None) -> Entry | None:
         digest = key_digest(key)
-        entry = None
         for head, body in self._db.rows(_SELECT_ONE, (digest,)):
-            entry = self._unsealed(digest, head, body)
-            if entry is not None and (entry[2:4] != _UNBOUND or tags or max_age is not None):
+            try:
+                entry = unseal(digest, head, body, self.value_serde)
+            except DamagedEntry:
+                self._tally.add(damaged=1)
+                break
+            if entry[2:4] != _UNBOUND or tags or max_age is not None:
                 current = self.peek_tags({tag for tag, _ in entry.deps})
-                lookup = Lookup(key, tags, max_age)
-                entry = entry if servable(entry, lookup, current, self.clock()) else None
-        self._tally.read((entry,))
-        return entry
+                if not servable(entry, Lookup(key, tags, max_age), current, self.clock()):
+                    break
+            self._tally.hit()
+            return entry
+        self._tally.read((None,))
+        return None
 
     def peek(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
         """Like ``read``, but whatever became of the entries' tags; counts nothing."""
@@ -167,15 +172,12 @@ class DiskCache(TokenCache):
         ]
 
     def _entry(self, lookup: Lookup, digest: bytes, row: tuple[Any, ...]) -> Entry | None:
-        entry = self._unsealed(digest, row[0], row[1])
-        return entry if entry and timely(entry, lookup, self.clock()) else None
-
-    def _unsealed(self, digest: bytes, head: object, body: object) -> Entry | None:
         try:
-            return unseal(digest, head, body, self.value_serde)
+            entry = unseal(digest, row[0], row[1], self.value_serde)
         except DamagedEntry:
             self._tally.add(damaged=1)
             return None
+        return entry if timely(entry, lookup, self.clock()) else None
 
     def write(self, key: FullKey, entry: Entry, lease: Lease | None = None) -> bool:
         """Store, and give ``lease`` back with it.
