@@ -197,6 +197,7 @@ def _cancelled(hooks: Hooks) -> ResourceError:
 
 async def _acreate_off_loop(owner: Owner, entry: Entry) -> Any:
     future = _offload.shared.submit(functools.partial(owner.hooks.create, entry.key))
+    future.add_done_callback(lambda _: bury())  # nobody may be left to take what was made
     try:
         return await asyncio.shield(asyncio.wrap_future(future))
     except BaseException:  # cancelled, or its event loop was closed by hand

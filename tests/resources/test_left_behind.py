@@ -1,0 +1,329 @@
+"""What nobody comes back for: tasks that never begin, loops closed by hand, leases left twice."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from langgraph_perf.errors import LeaseError, PoolTimeout
+from langgraph_perf.resources import MAX_OVERTAKE_SECONDS, Keyed, Pool, Shared
+from langgraph_perf.resources import _core as core_module
+from langgraph_perf.resources._waiters import ThreadWaiter
+
+from .helpers import FakeTime, Holder, Maker, Thing, auntil, passes, until
+
+Watch = Callable[[Any], Any]
+
+
+async def use(resource: Any, *key: object) -> Any:
+    """Lease once."""
+    async with resource.alease(*key) as thing:
+        return thing
+
+
+async def cancel_others() -> None:
+    """Cancel every task but this one, as the end of ``asyncio.run`` does."""
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    await passes(10)
+
+
+def abandoned(main: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    """Run ``main`` on an event loop that is then closed by hand, with what still runs on it."""
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(main())
+    loop.close()
+
+
+# -- tasks that are cancelled before their first step ----------------------------------------------
+
+
+async def test_a_load_that_never_begins(watch: Watch, maker: Maker) -> None:
+    """Its place is free again."""
+    pool = watch(Pool(maker.acreate, max_size=1, timeout=5))
+    asyncio.create_task(use(pool))  # noqa: RUF006
+    await asyncio.sleep(0)
+    await cancel_others()
+    assert pool.stats().loading == 0
+    assert await use(pool) is maker.made[0]
+
+
+async def test_a_load_in_whose_place_an_object_stands(watch: Watch, maker: Maker) -> None:
+    """Which is closed all the same."""
+    models = watch(Keyed(maker.acreate, max_size=1, timeout=5, close=maker.aclose))
+    await use(models, "a")
+    asyncio.create_task(use(models, "b"))  # noqa: RUF006
+    await asyncio.sleep(0)
+    await cancel_others()
+    await auntil(lambda: models.stats().size == 0)
+    assert maker.alive == 0
+    await use(models, "c")
+    await models.aclose()
+
+
+async def test_a_reset_that_never_begins(watch: Watch, maker: Maker) -> None:
+    """Its object is closed, and its place is free again."""
+    pool = watch(Pool(maker.acreate, max_size=1, timeout=5, reset=maker.areset, close=maker.aclose))
+    await use(pool)
+    asyncio.create_task(use(pool))  # noqa: RUF006
+    await asyncio.sleep(0)
+    await cancel_others()
+    await auntil(lambda: pool.stats().size == 0)
+    assert maker.alive == 0
+    await use(pool)
+    await pool.aclose()
+
+
+async def test_a_close_that_never_begins(watch: Watch, maker: Maker, clock: FakeTime) -> None:
+    """It begins once more."""
+    pool = watch(Pool(maker.acreate, max_size=1, max_lifetime=1, timeout=5, close=maker.aclose))
+    async with pool.alease():
+        clock.now += 2
+    assert pool.stats().closing == 1
+    await cancel_others()
+    await auntil(lambda: pool.stats().size == 0)
+    assert maker.alive == 0
+
+
+# -- event loops that are closed by hand -----------------------------------------------------------
+
+
+def test_a_reset_whose_loop_is_closed(watch: Watch, maker: Maker) -> None:
+    """Its object has had its time; the next loop gets a new one."""
+    reset_on: list[object] = []
+
+    async def reset(thing: Thing) -> None:
+        reset_on.append(asyncio.get_running_loop())
+        if len(reset_on) == 1:
+            await asyncio.Event().wait()
+
+    pool = watch(Pool(maker.acreate, max_size=1, timeout=5, reset=reset))
+
+    async def leave() -> None:
+        asyncio.create_task(use(pool))  # noqa: RUF006
+        await auntil(lambda: len(reset_on) == 1)
+
+    abandoned(leave)
+    assert asyncio.run(use(pool)) is maker.made[1]
+
+
+def test_a_check_whose_loop_is_closed(watch: Watch, maker: Maker) -> None:
+    """Nobody waits for it any more, and it does not end when it is told to."""
+    checks = 0
+
+    async def check(thing: Thing) -> None:
+        nonlocal checks
+        checks += 1
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                continue
+
+    pool = watch(Pool(maker.acreate, max_size=1, check=check))
+
+    async def leave() -> None:
+        await use(pool)
+        with pytest.raises(PoolTimeout):
+            async with pool.alease(timeout=0.01):
+                pass
+        assert checks == 1
+
+    abandoned(leave)
+    assert asyncio.run(use(pool)) is maker.made[1]
+
+
+def test_what_is_made_on_a_thread_for_a_closed_loop(watch: Watch, maker: Maker) -> None:
+    """It is closed as soon as it is there, without anybody having to ask."""
+    maker.hold = threading.Event()
+    pool = watch(Pool(maker.create, max_size=1, close=maker.aclose))
+
+    async def leave() -> None:
+        asyncio.create_task(use(pool))  # noqa: RUF006
+        await auntil(maker.entered.is_set)
+
+    abandoned(leave)
+    maker.hold.set()
+    until(lambda: len(maker.closed) == 1)
+    assert pool.stats().loading == 0
+
+
+# -- leases that are used twice at the same time ---------------------------------------------------
+
+
+async def test_a_lease_that_is_entered_twice_at_once(watch: Watch, maker: Maker) -> None:
+    """The second time is an error, so nothing is lost."""
+    maker.ahold = asyncio.Event()
+    pool = watch(Pool(maker.acreate, max_size=2))
+    lease = pool.alease()
+    first = asyncio.create_task(lease.__aenter__())
+    await auntil(maker.entered.is_set)
+    with pytest.raises(LeaseError, match="entered already"):
+        await lease.__aenter__()
+    maker.ahold.set()
+    assert await first is maker.made[0]
+    await lease.__aexit__(None, None, None)
+    assert len(maker.made) == 1
+
+
+async def test_a_lease_that_is_left_twice_at_once(watch: Watch, maker: Maker) -> None:
+    """While the object is reset it is nobody's; the second time is an error, not a second reset."""
+    going, go_on = asyncio.Event(), asyncio.Event()
+
+    async def reset(thing: Thing) -> None:
+        maker.was_reset.append(thing)
+        going.set()
+        await go_on.wait()
+
+    pool = watch(Pool(maker.acreate, max_size=1, reset=reset))
+    lease = pool.alease()
+    await lease.__aenter__()
+    first = asyncio.create_task(lease.__aexit__(None, None, None))
+    await going.wait()
+    with pytest.raises(LeaseError, match="is being given back"):
+        await lease.__aexit__(None, None, None)
+    go_on.set()
+    await first
+    assert len(maker.was_reset) == 1
+
+
+# -- the rest --------------------------------------------------------------------------------------
+
+
+class Counted(ThreadWaiter):
+    """Counts how often any of them is looked at."""
+
+    looks = 0
+
+    def alive(self) -> bool:
+        Counted.looks += 1
+        return super().alive()
+
+
+@pytest.mark.parametrize("loading", [True, False])
+def test_many_who_wait_cost_each_other_nothing(
+    watch: Watch, maker: Maker, clock: FakeTime, loading: bool
+) -> None:
+    """A step looks at those it can serve, not at all who wait: for a load, or for room."""
+    models = watch(Keyed(maker.create, max_size=1))
+    core = models._core
+    Counted.looks = 0
+    holder = None if loading else Holder(models, "hot")
+    if holder is not None:
+        holder.wait()
+    waiters = [Counted("a" if loading else number, clock(), 1e9) for number in range(300)]
+    for waiter in waiters:
+        core.take(waiter)
+    clock.now += MAX_OVERTAKE_SECONDS
+    for waiter in waiters[1:100]:
+        core.abandon(waiter)
+    if holder is not None:
+        holder.finish()
+    else:
+        core.made(core.begin(waiters[0]), maker.create("a"), 0.0)
+        assert all(waiter.entry is not None for waiter in waiters[100:])
+    assert Counted.looks < 5 * len(waiters)
+    for waiter in waiters:
+        core.abandon(waiter)
+
+
+@pytest.mark.parametrize("kind", [Shared, Keyed])
+async def test_who_holds_an_object_can_have_it_again(
+    watch: Watch, maker: Maker, clock: FakeTime, kind: Any
+) -> None:
+    """Whoever waits for room waits for both leases; made to queue, the second would never end."""
+    key = "a" if kind is Keyed else None
+    options = {"max_size": 1} if kind is Keyed else {}
+    models = watch(kind(maker.create, timeout=0, **options))
+    core = models._core
+    if kind is Keyed:
+        other = ThreadWaiter("b", core.clock(), 1e9)
+    else:
+        other = ThreadWaiter("unheard of", core.clock(), 1e9)
+
+    async def inner() -> None:
+        async with models.alease(key):
+            pass
+
+    async with models.alease(key, timeout=5):
+        core.take(other)
+        clock.now += MAX_OVERTAKE_SECONDS
+        await asyncio.create_task(inner())  # a subgraph's node
+    core.abandon(other)
+
+
+def test_what_is_too_old_is_not_handed_out(watch: Watch, maker: Maker, clock: FakeTime) -> None:
+    """Even when the reaper has not come to it: the computer may have slept."""
+    pool = watch(Pool(maker.create, max_size=1, max_lifetime=100, timeout=5, close=maker.close))
+    with pool.lease() as old:
+        pass
+    clock.now += 100
+    with pool.lease() as new:
+        assert new is not old
+    assert maker.closed == [old]
+
+
+async def test_the_heartbeat_goes_on_during_a_check(
+    watch: Watch, maker: Maker, impatient: None
+) -> None:
+    """A check counts as waiting."""
+    beats: list[None] = []
+    enough = asyncio.Event()
+
+    def beat() -> None:
+        beats.append(None)
+        if len(beats) == 3:
+            enough.set()
+
+    async def check(thing: Thing) -> None:
+        await enough.wait()
+
+    pool = watch(Pool(maker.acreate, check=check))
+    await use(pool)
+    async with pool.alease(heartbeat=beat, timeout=10):
+        pass
+    assert len(beats) >= 3
+
+
+async def test_what_nobody_came_for_is_checked_like_anything_idle(
+    watch: Watch, maker: Maker
+) -> None:
+    """An object is fresh for whoever it was made for, and for nobody else."""
+    pool = watch(Pool(maker.create, max_size=1, check=maker.check))
+    task = asyncio.create_task(use(pool))
+    while not pool.stats().leases:  # noqa: ASYNC110, to be there before the task is
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert pool.stats().idle == 1
+    await use(pool)
+    assert len(maker.checked) == 1
+
+
+def test_close_has_one_deadline_for_all(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many objects there are, they do not get so many times as long."""
+    now, graces = 0.0, []
+
+    def close_now(hooks: object, entry: object, grace: float) -> None:
+        nonlocal now
+        now += grace
+        graces.append(grace)
+
+    monkeypatch.setattr(core_module, "close_now", close_now)
+    monkeypatch.setattr(core_module, "time", SimpleNamespace(monotonic=lambda: now))
+    pool = Pool(maker.create, max_size=20)
+    leases = [pool.lease() for _ in range(20)]
+    for lease in leases:
+        lease.__enter__()
+    for lease in leases:
+        lease.__exit__(None, None, None)
+    pool.close()
+    assert len(graces) == 20
+    assert min(graces) > 0
+    assert sum(graces) < 1.5 * core_module.CLOSE_GRACE
