@@ -15,7 +15,7 @@ from langgraph_perf.resources import MAX_OVERTAKE_SECONDS, Keyed, Pool, Shared
 from langgraph_perf.resources import _core as core_module
 from langgraph_perf.resources._waiters import ThreadWaiter
 
-from .helpers import FakeTime, Holder, Maker, Thing, auntil, passes, until
+from .helpers import PATIENCE, FakeTime, Holder, Maker, Thing, auntil, passes, until
 
 Watch = Callable[[Any], Any]
 
@@ -164,7 +164,7 @@ async def test_a_lease_that_is_entered_twice_at_once(watch: Watch, maker: Maker)
     first = asyncio.create_task(lease.__aenter__())
     await auntil(maker.entered.is_set)
     with pytest.raises(LeaseError, match="entered already"):
-        await lease.__aenter__()
+        await asyncio.wait_for(lease.__aenter__(), PATIENCE)
     maker.ahold.set()
     assert await first is maker.made[0]
     await lease.__aexit__(None, None, None)
@@ -186,7 +186,7 @@ async def test_a_lease_that_is_left_twice_at_once(watch: Watch, maker: Maker) ->
     first = asyncio.create_task(lease.__aexit__(None, None, None))
     await going.wait()
     with pytest.raises(LeaseError, match="is being given back"):
-        await lease.__aexit__(None, None, None)
+        await asyncio.wait_for(lease.__aexit__(None, None, None), PATIENCE)
     go_on.set()
     await first
     assert len(maker.was_reset) == 1
