@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
 from typing import Any
 
 from langchain_core.messages import BaseMessage
@@ -23,23 +22,21 @@ _PACKED_END = packb(_END)
 _LONG = 1 << 13
 """From here on copying costs more than looking what it is."""
 _PLAIN_HEAD = bytes((0x92, FORMAT))
-_LONG_HEADS: dict[int, tuple[int, Callable[[bytes | memoryview, int], Any]]] = {
-    0xC5: (5, lambda payload, start: bytes(payload[start:])),
-    0xC6: (7, lambda payload, start: bytes(payload[start:])),
-    0xDA: (5, lambda payload, start: str(memoryview(payload)[start:], "utf-8")),
-    0xDB: (7, lambda payload, start: str(memoryview(payload)[start:], "utf-8")),
-}
-"""msgpack's type byte to where the value begins, after its length, and what makes it."""
+_LONG_HEADS = {0xC5: (5, False), 0xC6: (7, False), 0xDA: (5, True), 0xDB: (7, True)}
+"""msgpack's type byte to where the value begins, after its length, and whether it is a text."""
 
 
 def decode_plain(payload: bytes | memoryview) -> Any:
     """The value of a payload without records."""
     if len(payload) > _LONG and payload[:2] == _PLAIN_HEAD and payload[2] in _LONG_HEADS:
         # nothing but bytes or a text: copied once, not three times
-        start, convert = _LONG_HEADS[payload[2]]
+        start, is_text = _LONG_HEADS[payload[2]]
         if len(payload) - start != int.from_bytes(payload[3:start], "big"):
             damaged("is longer or shorter than its value")
-        return convert(payload, start)
+        if is_text:
+            return str(memoryview(payload)[start:], "utf-8")
+        value = payload[start:]
+        return value if type(value) is bytes else bytes(value)
     # unpackb ignores what follows a value. So here the payload is the first of two items and a
     # secret the second: whatever follows the value would be taken for the second item instead.
     pair, end = unpackb(b"".join((b"\x92", payload, _PACKED_END)))

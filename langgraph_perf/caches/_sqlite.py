@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 from langgraph_perf.caches._sqlite_fork import (
@@ -179,7 +180,7 @@ class Database:
             except IndexError:
                 return self._connect()
             if not forking or may_pass():
-                handle.user = threading.get_ident()
+                handle.user = get_ident()
                 return handle
             # a fork was announced: `_connect` waits until it is done
             self._connections.close(handle)

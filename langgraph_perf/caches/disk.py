@@ -40,6 +40,7 @@ from langgraph_perf.caches.base import (
     timely,
 )
 from langgraph_perf.caches.entry import namespace_digest, seal, unseal
+from langgraph_perf.codec import DecodeError, decode
 from langgraph_perf.errors import ConfigurationError
 
 _SMALLEST = 2**16  # an empty database takes three quarters of it
@@ -132,7 +133,12 @@ class DiskCache(TokenCache):
         if len(keys) != 1 or self._closed:
             return super().get(keys)
         entry = self._one(keys[0], (), None)
-        return decoded(keys, (entry,)) if entry is not None else {}
+        if entry is None:
+            return {}
+        try:
+            return {keys[0]: decode(entry.payload)}
+        except DecodeError:
+            return decoded(keys, (entry,))  # which says so
 
     def read(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
         """One answer for each lookup, in order; only servable entries."""
