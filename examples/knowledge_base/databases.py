@@ -123,7 +123,7 @@ def private_postgres(directory: Path | None = None) -> Iterator[str]:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for us; the server stops when we are done
             )
-            stack.callback(_stop, server)
+            stack.callback(stop, server)
             dsn = f"host={own} user=postgres dbname=postgres"
             _wait_for(server, dsn, log)
             yield dsn
@@ -191,7 +191,8 @@ def _wait_for(server: subprocess.Popen[bytes], dsn: str, log: TextIO) -> None:
             time.sleep(0.02)
 
 
-def _stop(server: subprocess.Popen[bytes]) -> None:
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End what runs under ``UNTIL_EOF`` in a session of its own."""
     assert server.stdin is not None
     server.stdin.close()
     try:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from examples.knowledge_base.databases import UNTIL_EOF, DatabaseError
+from examples.knowledge_base.databases import UNTIL_EOF, DatabaseError, stop
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def private_redis() -> Iterator[str]:
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for us; the server stops when we are done
         )
-        stack.callback(_stop, server)
+        stack.callback(stop, server)
         _wait_for(server, path, own / "log")
         yield f"unix://{path}"
 
@@ -67,13 +67,3 @@ def _wait_for(server: subprocess.Popen[bytes], path: Path, log: Path) -> None:
                     said = " ".join(log.read_text().split()) if log.exists() else "nothing"
                     raise DatabaseError(f"Redis does not start; it said: {said}") from None
         time.sleep(0.01)
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    assert server.stdin is not None
-    server.stdin.close()
-    try:
-        server.wait(10)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
