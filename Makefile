@@ -18,8 +18,8 @@ demo-postgres: $(VENV)/.example-postgres  ## the same with its documents in Post
 demo-redis: $(VENV)/.example-redis  ## the same with its results in Redis, for three processes; URL= names one, else it starts its own
 	$(BIN)/python -m examples.knowledge_base --redis $(if $(URL),'$(URL)') $(ARGS)
 
-test: $(VENV)/.dev  ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev  ## all tests, on all cores
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-langgraph: $(VENV)/.suite  ## LangGraph's own test suite with our StateGraph in place of its own
 	$(BIN)/python -m tests.langgraph_suite $(ARGS)
