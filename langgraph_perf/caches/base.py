@@ -25,6 +25,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from typing_extensions import Self
 
 from langgraph_perf.caches.entry import (
+    OWNED,
     CacheStats,
     DamagedEntry,
     Entry,
@@ -33,6 +34,7 @@ from langgraph_perf.caches.entry import (
     key_digest,
     namespace_tag,
     new_token,
+    owned,
     pack,
     servable,
     tag_id,
@@ -43,6 +45,7 @@ from langgraph_perf.codec import DecodeError, EncodeError, decode, encode
 from langgraph_perf.errors import ConfigurationError
 
 __all__ = [
+    "OWNED",
     "Cache",
     "CacheStats",
     "DamagedEntry",
@@ -54,6 +57,7 @@ __all__ = [
     "key_digest",
     "namespace_tag",
     "new_token",
+    "owned",
     "pack",
     "require_int",
     "require_seconds",
@@ -205,6 +209,21 @@ class Cache(BaseCache[Any]):
         ids = list(tags)
         return dict(zip(ids, self.tag_tokens(ids), strict=True))
 
+    def copy(
+        self, source: Namespace, target: Namespace, deps: Mapping[str, tuple[str, str]]
+    ) -> int:
+        """Copy what is in exactly ``source`` into ``target``, under the same names.
+
+        Only for ``owned`` namespaces; of others, and by a backend that cannot, nothing is copied.
+        Entries that are not servable now stay behind, and those in ``target`` are overwritten. In
+        the copies each dependency on a tag id in ``deps`` is replaced by the ``(tag id, token)``
+        given there; all else stays as it is.
+
+        Returns:
+            How many entries were copied.
+        """
+        return 0
+
     def read_now(self, lookup: Lookup) -> Entry | None:
         """The servable entry, if it can be had without waiting for anything; ``None`` does not
         mean that ``read`` finds none. Must not raise."""
@@ -264,6 +283,12 @@ class Cache(BaseCache[Any]):
     async def apeek_tags(self, tags: Collection[str]) -> Mapping[str, str]:
         """Like ``peek_tags``, without blocking the event loop."""
         return await self._offload(self.peek_tags, tags)
+
+    async def acopy(
+        self, source: Namespace, target: Namespace, deps: Mapping[str, tuple[str, str]]
+    ) -> int:
+        """Like ``copy``, without blocking the event loop."""
+        return await self._offload(self.copy, source, target, deps)
 
     async def aacquire(self, key: FullKey) -> Lease | None:
         """Like ``acquire``, without blocking the event loop."""

@@ -116,6 +116,21 @@ def namespace_tag(namespace: Namespace) -> str:
     return namespace_digest(namespace).hex()
 
 
+OWNED = "langgraph_perf.owned"
+"""What the namespaces of ``owned`` begin with."""
+
+
+def owned(namespace: Namespace) -> bool:
+    """Whether ``namespace`` is one of very many, with few entries each, that are cleared and copied
+    one by one (one for each thread): backends keep what makes that O(its entries)."""
+    return len(namespace) > 0 and namespace[0] == OWNED
+
+
+def with_deps(entry: Entry, deps: Mapping[str, tuple[str, str]]) -> Entry:
+    """``entry``, with each dependency on a tag id in ``deps`` replaced by what is there."""
+    return entry._replace(deps=tuple([deps.get(dep[0], dep) for dep in entry.deps]))
+
+
 @lru_cache(maxsize=1024)
 def namespace_digest(namespace: Namespace) -> bytes:
     """16 bytes that stand for ``namespace``; lengths are hashed too, so no two share them."""
