@@ -40,6 +40,7 @@ from langgraph_perf.caches.entry import (
     tag_id,
     timely,
     unpack,
+    with_deps,
 )
 from langgraph_perf.codec import DecodeError, EncodeError, decode, encode
 from langgraph_perf.errors import ConfigurationError
@@ -65,8 +66,10 @@ __all__ = [
     "tag_id",
     "timely",
     "unpack",
+    "with_deps",
 ]
 
+_ANY = Lookup(((), ""))
 T = TypeVar("T")
 logger = logging.getLogger("langgraph_perf")
 
@@ -406,6 +409,21 @@ class TokenCache(Cache):
         tags = {tag for entry in entries if entry is not None for tag, _ in entry.deps}
         # after the entries: a token dropped between the two is seen
         return self._checked(lookups, entries, self.peek_tags(tags) if tags else {})
+
+    def _copied(
+        self,
+        entries: Sequence[Entry | None],
+        current: Mapping[str, str],
+        deps: Mapping[str, tuple[str, str]],
+    ) -> list[Entry | None]:
+        """What ``copy`` stores for each of ``entries``; ``None`` for those it leaves behind."""
+        now = self.clock()
+        return [
+            with_deps(entry, deps)
+            if entry is not None and servable(entry, _ANY, current, now)
+            else None
+            for entry in entries
+        ]
 
     def _checked(
         self,

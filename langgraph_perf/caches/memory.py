@@ -29,6 +29,7 @@ from langgraph_perf.caches.base import (
     TokenCache,
     namespace_tag,
     new_token,
+    owned,
     pack,
     require_int,
     timely,
@@ -39,6 +40,8 @@ _ENTRY_COST = 1024
 """Bytes an entry takes beyond its payload and key: objects, queue, expiry heap and a ghost."""
 _DEPENDENCY_COST = 250
 _TAG_COST = 300
+_OWNED_COST = 350
+"""Bytes an entry of an owned namespace takes in the index of those, even if it is the only one."""
 _SWEEP = 1000
 """Most expired entries a write removes: it stays short, and still outruns any writer."""
 _MOST_HITS = 3
@@ -92,6 +95,8 @@ class MemoryCache(TokenCache):
         self._small: OrderedDict[FullKey, _Slot] = OrderedDict()
         self._main: OrderedDict[FullKey, _Slot] = OrderedDict()
         self._ghosts: OrderedDict[int, None] = OrderedDict()
+        # the keys of each owned namespace
+        self._owned: dict[Namespace, set[FullKey]] = {}
         self._small_bytes = 0
         self._entry_bytes = 0
         # (expires, serial, key); entries that went another way leave theirs behind
@@ -138,6 +143,8 @@ class MemoryCache(TokenCache):
                 self._small[key] = slot
                 self._small_bytes += size
             self._entry_bytes += size
+            if owned(key[0]):
+                self._owned.setdefault(key[0], set()).add(key)
             if entry.expires is not None:
                 heappush(self._expiries, (entry.expires, next(self._serial), key))
             self._prune_expiries()
@@ -183,9 +190,33 @@ class MemoryCache(TokenCache):
             doomed = {tuple(namespace) for namespace in namespaces}
             for namespace in doomed:
                 self._tags.pop(namespace_tag(namespace), None)
+                for key in list(self._owned.get(namespace, ())):
+                    self._remove(key)
+            if all(map(owned, doomed)):
+                return
             for queue in (self._small, self._main):
                 for key in [key for key in queue if key[0] in doomed]:
                     self._remove(key)
+
+    def copy(
+        self, source: Namespace, target: Namespace, deps: Mapping[str, tuple[str, str]]
+    ) -> int:
+        """Copy what is servable in one owned namespace into another; see ``Cache``."""
+        source, target = tuple(source), tuple(target)
+        if not (owned(source) and owned(target)):
+            return 0
+        with self._lock:
+            keys = list(self._owned.get(source, ()))
+        entries = self.peek([Lookup(key) for key in keys])
+        tags = {tag for entry in entries if entry is not None for tag, _ in entry.deps}
+        copies = self._copied(entries, self.peek_tags(tags), deps)
+        return sum(
+            [
+                self.write((target, name), entry)
+                for (_, name), entry in zip(keys, copies, strict=True)
+                if entry is not None
+            ]
+        )
 
     def stats(self) -> CacheStats:
         """A snapshot of counters and sizes, once what has expired is removed."""
@@ -238,7 +269,16 @@ class MemoryCache(TokenCache):
             slot = self._main.pop(key, None)
         if slot is not None:
             self._entry_bytes -= slot.size
+            self._forget(key)
         return slot
+
+    def _forget(self, key: FullKey) -> None:
+        """Take what is stored no more out of the index."""
+        if owned(key[0]):
+            keys = self._owned[key[0]]
+            keys.remove(key)
+            if not keys:
+                del self._owned[key[0]]
 
     def _prune_expiries(self) -> None:
         if len(self._expiries) > 2 * self._count + 64:
@@ -284,6 +324,7 @@ class MemoryCache(TokenCache):
                     self._main[key] = slot
                     continue
             self._entry_bytes -= slot.size
+            self._forget(key)
             evicted += 1
         while len(self._ghosts) > self._count:
             self._ghosts.popitem(last=False)
@@ -311,4 +352,5 @@ def _size(key: FullKey, entry: Entry) -> int:
         + getsizeof(name)
         + sum([getsizeof(part) for part in namespace])
         + len(entry.deps) * _DEPENDENCY_COST
+        + (_OWNED_COST if owned(namespace) else 0)
     )
