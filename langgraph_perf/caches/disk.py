@@ -34,6 +34,7 @@ from langgraph_perf.caches.base import (
     key_digest,
     namespace_tag,
     new_token,
+    owned,
     require_int,
     require_seconds,
     servable,
@@ -67,6 +68,14 @@ _SELECT_ONE = f"SELECT tag, value {_OURS} = ?"
 _UNBOUND = (None, ())
 """Of an entry that neither expires nor depends on a tag: ``expires`` and ``deps``."""
 _SELECT = f"SELECT tag, value, key {_OURS}"
+_IN_RANGE = "raw = 1 AND key BETWEEN ? AND ?"
+_SELECT_KEYS = f"SELECT key FROM Cache WHERE {_IN_RANGE}"
+# `+`: or it might walk over the rows by their numbers
+_DELETE = f"""
+    DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache
+    WHERE %s AND +rowid <= ? LIMIT {_BATCH})"""
+_COPIES = 32
+"""Most entries one transaction copies: they are in memory together."""
 _TAKE = """
     INSERT INTO Leases VALUES (?, ?, ?)
     ON CONFLICT (key) DO UPDATE SET token = excluded.token, expires = excluded.expires
@@ -178,12 +187,15 @@ class DiskCache(TokenCache):
         ]
 
     def _entry(self, lookup: Lookup, digest: bytes, row: tuple[Any, ...]) -> Entry | None:
+        entry = self._unsealed(digest, row)
+        return entry if entry is not None and timely(entry, lookup, self.clock()) else None
+
+    def _unsealed(self, digest: bytes, row: tuple[Any, ...]) -> Entry | None:
         try:
-            entry = unseal(digest, row[0], row[1], self.value_serde)
+            return unseal(digest, row[0], row[1], self.value_serde)
         except DamagedEntry:
             self._tally.add(damaged=1)
             return None
-        return entry if timely(entry, lookup, self.clock()) else None
 
     def write(self, key: FullKey, entry: Entry, lease: Lease | None = None) -> bool:
         """Store, and give ``lease`` back with it.
@@ -195,25 +207,41 @@ class DiskCache(TokenCache):
             return False
         name = key_digest(key)
         head, body = seal(name, entry, self.value_serde)
-        size = len(head) + len(body) + _ROW_COST
         now = self.clock()
         with self._db.transaction() as con:
             if lease is not None and not _holds(con, name, lease, now):
                 return False
-            self._sweep(con, now)
-            if size > self._room:
-                # what it was to replace is out of date all the same
-                con.execute("DELETE FROM Cache WHERE key = ? AND raw = 1", (name,))
-                self._tally.add(refused=1)
-                return False
-            if _used(con) + size > self._room:
-                con.execute("DELETE FROM Cache WHERE key = ? AND raw = 1", (name,))
-                self._evict(con, size)
-            con.execute(_UPSERT, (name, now, entry.expires, now, head, body))
-            # a write without a lease (a refresh) supersedes whoever computes the key now
-            con.execute("DELETE FROM Leases WHERE key = ?", (name,))
-        self._tally.add(writes=1)
+            stored = self._store(con, now, name, entry.expires, head, body)
+        return self._counted([stored]) == 1
+
+    def _store(
+        self,
+        con: sqlite3.Connection,
+        now: float,
+        name: bytes,
+        expires: float | None,
+        head: bytes,
+        body: bytes,
+    ) -> bool:
+        size = len(head) + len(body) + _ROW_COST
+        self._sweep(con, now)
+        if size > self._room:
+            # what it was to replace is out of date all the same
+            con.execute("DELETE FROM Cache WHERE key = ? AND raw = 1", (name,))
+            return False
+        if _used(con) + size > self._room:
+            con.execute("DELETE FROM Cache WHERE key = ? AND raw = 1", (name,))
+            self._evict(con, size)
+        con.execute(_UPSERT, (name, now, expires, now, head, body))
+        # a write without a lease (a refresh) supersedes whoever computes the key now
+        con.execute("DELETE FROM Leases WHERE key = ?", (name,))
         return True
+
+    def _counted(self, stored: Sequence[bool]) -> int:
+        """How many were, counted now that the transaction is through."""
+        done = sum(stored)
+        self._tally.add(writes=done, refused=len(stored) - done)
+        return done
 
     def _sweep(self, con: sqlite3.Connection, now: float) -> None:
         self._writes_to_sweep -= 1
@@ -258,8 +286,41 @@ class DiskCache(TokenCache):
             with self._db.transaction() as con:
                 self._evict(con, 0)
 
+    def copy(
+        self, source: Namespace, target: Namespace, deps: Mapping[str, tuple[str, str]]
+    ) -> int:
+        """Copy what is servable in one owned namespace into another; see ``Cache``."""
+        if self._closed or not (owned(source) and owned(target)):
+            return 0
+        keys = [key for (key,) in self._db.rows(_SELECT_KEYS, _range(tuple(source)))]
+        first, copied = namespace_digest(tuple(target)), 0
+        for start in range(0, len(keys), _COPIES):
+            with self._db.connection() as con:
+                rows = list(_select(con, _SELECT, keys[start : start + _COPIES]))
+            entries = [self._unsealed(row[2], row) for row in rows]
+            tags = {tag for entry in entries if entry is not None for tag, _ in entry.deps}
+            copies = self._copied(entries, self.peek_tags(tags), deps)
+            sealed = []
+            for row, entry in zip(rows, copies, strict=True):
+                if entry is not None:
+                    name = first + row[2][len(first) :]
+                    sealed.append((name, entry.expires, *seal(name, entry, self.value_serde)))
+            now = self.clock()
+            with self._db.transaction() as con:
+                stored = [self._store(con, now, *one) for one in sealed]
+            copied += self._counted(stored)
+        return copied
+
     def clear(self, namespaces: Sequence[Namespace] | None = None) -> None:
-        """Delete what is in exactly these namespaces; ``None`` deletes everything."""
+        """Delete what is in exactly these namespaces; ``None`` deletes everything.
+
+        Their values, and those they once had, are overwritten in the files and gone from the
+        write-ahead log, with two exceptions. While somebody reads, the log is left as it is, until
+        the next ``clear`` or until it starts over. And SQLite, where it once moved a row from one
+        page to another, may have left a copy of what was in the page (a value, if it is shorter
+        than a page, or a part of one) that stays until the page is filled again: where that
+        matters, encrypt with a ``serde``.
+        """
         self._must_not_be_lost()
         if self._closed:
             return
@@ -270,8 +331,9 @@ class DiskCache(TokenCache):
         for namespace in namespaces or ():
             with self._db.transaction(durable=True) as con:
                 con.execute("DELETE FROM Tags WHERE id = ?", (namespace_tag(tuple(namespace)),))
-            first = namespace_digest(tuple(namespace))
-            self._delete("raw = 1 AND key BETWEEN ? AND ?", (first, first + b"\xff" * 16))
+            self._delete(_IN_RANGE, _range(tuple(namespace)))
+        if namespaces is None or namespaces:
+            self._db.empty_log()
 
     def _delete(self, condition: str, values: tuple[bytes, ...]) -> None:
         with self._db.connection() as con:
@@ -280,11 +342,7 @@ class DiskCache(TokenCache):
         deleted = _BATCH if last is not None else 0
         while deleted == _BATCH:
             with self._db.transaction(durable=True) as con:
-                deleted = con.execute(
-                    "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache"
-                    f" WHERE {condition} AND rowid <= ? LIMIT {_BATCH})",
-                    (*values, last),
-                ).rowcount
+                deleted = con.execute(_DELETE % condition, (*values, last)).rowcount
 
     # -- tags -------------------------------------------------------------------------------------
 
@@ -418,6 +476,12 @@ class DiskCache(TokenCache):
         # a miss more is harmless, an invalidation that nobody sees is not
         if self._lost:
             raise sqlite3.ProgrammingError(f"the cache in {self.directory} is closed: {LOST}")
+
+
+def _range(namespace: Namespace) -> tuple[bytes, bytes]:
+    """The first and the last key there can be in ``namespace``."""
+    first = namespace_digest(namespace)
+    return first, first + b"\xff" * 16
 
 
 def _path(given: object) -> Path:

@@ -262,7 +262,12 @@ def _unlock(
 
 def pack(key: FullKey, entry: Entry, serde: SerializerProtocol | None = None) -> bytes:
     """``entry`` as one byte string; see ``seal``."""
-    head, body = seal(key_digest(key), entry, serde)
+    return pack_as(key_digest(key), entry, serde)
+
+
+def pack_as(digest: bytes, entry: Entry, serde: SerializerProtocol | None = None) -> bytes:
+    """Like ``pack``, with the key's ``key_digest``."""
+    head, body = seal(digest, entry, serde)
     return b"".join((_LENGTH.pack(len(head)), head, body))
 
 
@@ -272,11 +277,16 @@ def unpack(key: FullKey, blob: object, serde: SerializerProtocol | None = None) 
     Raises:
         DamagedEntry: it is not what ``pack`` made for this key with this ``serde``.
     """
+    return unpack_as(key_digest(key), blob, serde)
+
+
+def unpack_as(digest: bytes, blob: object, serde: SerializerProtocol | None = None) -> Entry:
+    """Like ``unpack``, with the key's ``key_digest``."""
     if not isinstance(blob, bytes) or len(blob) < _LENGTH.size:
         raise DamagedEntry("not an entry of this library")
     (size,) = _LENGTH.unpack_from(blob)
     start = _LENGTH.size + size
-    return unseal(key_digest(key), blob[_LENGTH.size : start], blob[start:], serde)
+    return unseal(digest, blob[_LENGTH.size : start], blob[start:], serde)
 
 
 def _checksum(digest: bytes, meta: bytes, body: bytes) -> bytes:
