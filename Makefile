@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-postgres demo-redis test test-langgraph lint types notebooks bench bench-cache bench-pools bench-redis clean
+.PHONY: help demo demo-postgres demo-redis test test-langgraph lint types notebooks bench bench-cache bench-pools bench-redis bench-checkpoint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -34,9 +34,9 @@ types: $(VENV)/.dev  ## mypy, strict
 notebooks: $(VENV)/.dev  ## execute the notebooks
 	$(BIN)/python -m pytest --nbmake notebooks -p no:cacheprovider
 
-bench: bench-cache bench-pools bench-redis  ## benchmarks side by side with the alternatives; results in bench-results/
+bench: bench-cache bench-pools bench-redis bench-checkpoint  ## benchmarks side by side with the alternatives; results in bench-results/
 
-bench-cache bench-pools bench-redis: bench-%: $(VENV)/.dev
+bench-cache bench-pools bench-redis bench-checkpoint: bench-%: $(VENV)/.dev
 	mkdir -p bench-results
 	$(BIN)/python -m benchmarks.bench_$* --json bench-results/$*.json $(ARGS)
 
