@@ -20,7 +20,6 @@ from langchain_core.callbacks import (
 from langchain_core.callbacks.base import BaseCallbackManager
 from langchain_core.outputs import LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.tracers.base import BaseTracer
 
 # private names of LangGraph, each with a test in tests/test_langgraph_internals.py
 from langgraph._internal._constants import (
@@ -29,20 +28,31 @@ from langgraph._internal._constants import (
     CONFIG_KEY_RUNTIME,
     CONFIG_KEY_SCRATCHPAD,
 )
+from langgraph.cache.base import Namespace
 from langgraph.pregel._retry import _should_retry_on
 
 from langgraph_perf import replay
 from langgraph_perf._background import revalidate
 from langgraph_perf._binding import BINDING, Binding
-from langgraph_perf._call import load
+from langgraph_perf._call import load as load_entry
 from langgraph_perf._drive import NOBODY, Caller
 from langgraph_perf._flight import held_flights
 from langgraph_perf._freshness import Freshness
-from langgraph_perf._identity import NodeSpec, Uncached, call_key, call_tags
+from langgraph_perf._identity import (
+    RUN_SECONDS,
+    NodeSpec,
+    Uncached,
+    call_key,
+    call_marks,
+    call_owner,
+    call_tags,
+)
+from langgraph_perf._provenance import mark_hit
+from langgraph_perf._sealing import Seal
 from langgraph_perf._steps import Call, Ran
 from langgraph_perf._thread_body import on_thread
 from langgraph_perf._watch import Watch, current_config
-from langgraph_perf.caches.base import Entry
+from langgraph_perf.caches.base import Entry, namespace_tag
 from langgraph_perf.errors import CacheMiss, ConfigurationError
 from langgraph_perf.policy import narrowest_scope, shortest
 
@@ -126,7 +136,7 @@ class Attempt:
         assert self.call is not None
         if entry is not None and self.call.state(entry) != "fresh":
             return None  # that takes more than a look
-        found = None if entry is None else load(self.call, entry, "hit")
+        found = None if entry is None else load_entry(self.call, entry, "hit")
         if found is None:
             self.call.looked = True
         else:
@@ -155,12 +165,21 @@ class Attempt:
             raise Uncached("resumed")
         runtime = conf.get(CONFIG_KEY_RUNTIME)
         scope = narrowest_scope(policy.scope, control.scope)
-        tags = call_tags(policy, self.input)
-        digest = call_key(spec, scope, self.input, tags, runtime, conf, binding)
+        tags: tuple[str, ...] = call_tags(policy, self.input)
+        seal = Seal.of(binding.serde, backend.cache)
+        digest = call_key(spec, self.input, tags, runtime, binding, seal is not None)
+        owner = call_owner(f"node {spec.name!r}", scope, conf, binding)
+        namespace: Namespace = spec.namespace
+        if owner is not None:
+            namespace = owner.namespace
+            if scope == "thread" or backend.cache.supports_tags:
+                # the node's as well, for `clear_cache`
+                tags += (owner.tag, namespace_tag(spec.namespace))
         if tags and not backend.cache.supports_tags:
             raise Uncached(
                 "tags_unsupported",
-                f"its policy has tags, which {type(backend.cache).__name__} cannot invalidate",
+                "its result depends on tags or belongs to a thread, neither of which "
+                f"{type(backend.cache).__name__} can invalidate",
             )
         state, allowed = self.input, spec.allowed
         freshness: Freshness | None = None
@@ -175,24 +194,42 @@ class Attempt:
             )
             # what a run itself asks for is a limit for stale results as well
             max_age = shortest(freshness.ttl + freshness.grace, control.ttl)  # type: ignore[arg-type]
+        mode = control.mode
+        if mode == "use" and binding.forked and policy.on_fork == "refresh":
+            mode = "refresh"
+
+        def load(payload: bytes) -> Any:
+            opened = payload if seal is None else seal.opened(digest, payload)
+            return replay.unpack_result(opened, state, allowed)
+
+        def dump(result: Any) -> bytes:
+            payload = replay.pack_result(result, state)
+            return payload if seal is None else seal.closed(digest, payload)
+
         call = Call(
             name=spec.name,
             backend=backend,
             counters=spec.counters,
-            key=(spec.namespace, digest),
+            key=(namespace, digest),
             tags=tags,
-            mode=control.mode,
+            mode=mode,
             # the policy's ttl too: it may have become shorter since the entry was stored
             max_age=max_age,
-            ttl=shortest(policy.ttl, control.ttl),  # type: ignore[arg-type]
+            ttl=shortest(
+                shortest(policy.ttl, control.ttl),  # type: ignore[arg-type]
+                RUN_SECONDS if scope == "run" else None,
+            ),
             jitter=policy.jitter,
-            load=lambda payload: replay.unpack_result(payload, state, allowed),
-            dump=lambda result: replay.pack_result(result, state),
+            load=load,
+            dump=dump,
             refuse=self.refuse,
             spent=self.spent,
-            on_hit=lambda entry: mark_trace(self.config, entry, digest, backend.cache.clock()),
+            on_hit=lambda entry: mark_hit(self.config, spec, entry, digest, backend.cache.clock()),
             freshness=freshness,
             held=held_flights.get(),
+            scope=scope,
+            owner=owner,
+            marks=call_marks(owner, conf, self.config.get("metadata") or {}),
         )
         heartbeat = getattr(runtime, "heartbeat", NOBODY.heartbeat)
         return call, Caller(heartbeat, binding.blocked_loop, not self.node.spec.native_async)
@@ -404,23 +441,3 @@ def _step_config(config: RunnableConfig, number: int) -> RunnableConfig:
     callbacks.remove_tags(["seq:step:1"])
     callbacks.add_tags([f"seq:step:{number}"], inherit=False)
     return {**config, "callbacks": callbacks}
-
-
-def mark_trace(config: RunnableConfig, entry: Entry, digest: str, now: float) -> None:
-    """Write into the trace of the node's run that it was answered from the cache."""
-    callbacks = config.get("callbacks")
-    if not isinstance(callbacks, BaseCallbackManager):
-        return
-    for handler in callbacks.handlers:
-        if isinstance(handler, BaseTracer):
-            run = handler.run_map.get(str(callbacks.parent_run_id))
-            if run is not None:
-                run.add_metadata(
-                    {
-                        "langgraph_perf": {
-                            "cached": True,
-                            "key": digest,
-                            "age_seconds": max(0.0, now - entry.created),
-                        }
-                    }
-                )

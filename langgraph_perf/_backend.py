@@ -19,10 +19,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from langgraph.cache.base import FullKey
+from langgraph.cache.base import FullKey, Namespace
 
 from langgraph_perf._flight import FlightTable
-from langgraph_perf.caches.base import Cache, Entry, Lease, Lookup
+from langgraph_perf.caches.base import Cache, Entry, Lease, Lookup, owned, tag_id
 
 T = TypeVar("T")
 logger = logging.getLogger("langgraph_perf")
@@ -160,13 +160,38 @@ class Backend:
 
     def write(self, key: FullKey, entry: Entry, lease: Lease | None) -> bool:
         """Whether the entry was stored."""
-        return bool(self._try(self.writes, "write", self.cache.write, key, entry, lease))
+        stored = bool(self._try(self.writes, "write", self.cache.write, key, entry, lease))
+        if stored and owned(key[0]):
+            # looked at afterwards: who forgets the owner drops its tag before deleting, so that
+            # either they find the entry or it is seen here that they came first
+            tag = owner_tag(key[0])
+            if _forgotten(tag, entry, self._try(self.tags, "tags", self.cache.peek_tags, [tag])):
+                self._try(self.writes, "clear", self.cache.clear, [key[0]])
+                return False
+        return stored
 
     async def awrite(self, key: FullKey, entry: Entry, lease: Lease | None) -> bool:
         """Like ``write``, without blocking the event loop."""
-        if not self.cache.blocking:
+        cache = self.cache
+        if not cache.blocking:
             return self.write(key, entry, lease)
-        return bool(await self._atry(self.writes, "write", self.cache.awrite, key, entry, lease))
+        stored = bool(await self._atry(self.writes, "write", cache.awrite, key, entry, lease))
+        if stored and owned(key[0]):
+            tag = owner_tag(key[0])
+            if _forgotten(tag, entry, await self._atry(self.tags, "tags", cache.apeek_tags, [tag])):
+                await self._atry(self.writes, "clear", cache.aclear, [key[0]])
+                return False
+        return stored
+
+    def forget(self, namespace: Namespace) -> None:
+        """Remove what is in an owned namespace; like everything here, unless it fails."""
+        self._try(self.tags, "tags", self.cache.drop_tags, [owner_tag(namespace)])
+        self._try(self.writes, "clear", self.cache.clear, [namespace])
+
+    async def aforget(self, namespace: Namespace) -> None:
+        """Like ``forget``, without blocking the event loop."""
+        await self._atry(self.tags, "tags", self.cache.adrop_tags, [owner_tag(namespace)])
+        await self._atry(self.writes, "clear", self.cache.aclear, [namespace])
 
     # -- leases -----------------------------------------------------------------------------------
 
@@ -259,6 +284,18 @@ class Backend:
 
 
 _of_lock = threading.Lock()
+
+
+def owner_tag(namespace: Namespace) -> str:
+    """The id of the tag that everything in an owned namespace depends on."""
+    return tag_id("|".join(namespace))
+
+
+def _forgotten(tag: str, entry: Entry, current: Mapping[str, str] | None) -> bool:
+    """Whether the owner behind ``tag`` was forgotten since ``entry`` began to be computed."""
+    if current is None:
+        return False  # nobody can tell; the dead token keeps it from being served
+    return any(mine == tag and current.get(tag) != token for mine, token in entry.deps)
 
 
 class _Batcher:

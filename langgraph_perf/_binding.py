@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.runnables.config import var_child_runnable_config
+from langgraph.cache.base import Namespace
 
-from langgraph_perf._backend import Backend
+from langgraph_perf._backend import Backend, owner_tag
+from langgraph_perf._owner import Pins, run_namespace
 from langgraph_perf._refresh import Refreshes
 from langgraph_perf.policy import CacheControl
 from langgraph_perf.stats import ItemCounters
@@ -68,6 +70,9 @@ class Binding:
         run_id: names the outermost run; random.
         blocked_loop: the event loop whose thread made a blocking call and waits for this run.
         overridden: whether resources were replaced for a test, so that nothing may be stored.
+        serde: the checkpointer's.
+        forked: whether the run starts from a checkpoint that its caller named.
+        pins: the tokens that the run goes by for what its thread and itself own.
     """
 
     __slots__ = (
@@ -75,12 +80,15 @@ class Binding:
         "blocked_loop",
         "configurable",
         "control",
+        "forked",
         "items",
         "overridden",
+        "pins",
         "raw_control",
         "refreshes",
         "resources",
         "run_id",
+        "serde",
     )
 
     def __init__(
@@ -95,6 +103,9 @@ class Binding:
         run_id: str,
         blocked_loop: asyncio.AbstractEventLoop | None,
         overridden: bool,
+        serde: Any,
+        forked: bool,
+        pins: Pins,
     ) -> None:
         self.backend = backend
         self.items = items
@@ -106,6 +117,15 @@ class Binding:
         self.run_id = run_id
         self.blocked_loop = blocked_loop
         self.overridden = overridden
+        self.serde = serde
+        self.forked = forked
+        self.pins = pins
+
+    def owned(self) -> list[tuple[Backend, Namespace]]:
+        """Where results may be that belong to the outermost run alone."""
+        namespace = run_namespace(self.run_id)
+        tag = owner_tag(namespace)
+        return [(backend, namespace) for backend, pinned in list(self.pins) if pinned == tag]
 
     def __repr__(self) -> str:
         return "<langgraph_perf run>"
@@ -130,6 +150,7 @@ def make_binding(
     *,
     blocking: bool,
     overridden: bool,
+    serde: Any,
 ) -> Binding:
     """The binding of a run that starts now.
 
@@ -142,18 +163,22 @@ def make_binding(
         configurable: what the run's nodes will see.
         blocking: whether the caller's thread waits for the run.
         overridden: whether resources of the graph are replaced for a test.
+        serde: the graph's own checkpointer's; within a parent, the parent's.
 
     Raises:
         ConfigurationError: ``configurable["cache_control"]`` is not valid.
     """
     raw = configurable.get(CONTROL)
     blocked = asyncio._get_running_loop() if blocking else None
+    forked = configurable.get("checkpoint_id") is not None
+    pins: Pins = {}
     if parent is None:
         control, run_id = CacheControl.of(raw), secrets.token_hex(16)
     else:
         control = parent.control if raw is parent.raw_control else CacheControl.of(raw)
         run_id, items, backend = parent.run_id, parent.items, backend or parent.backend
-        refreshes = parent.refreshes
+        refreshes, serde = parent.refreshes, serde or parent.serde
+        forked, pins = parent.forked, parent.pins
         blocked = blocked or parent.blocked_loop
         if resources is None:
             resources = parent.resources
@@ -164,7 +189,19 @@ def make_binding(
         overridden, control = True, CacheControl(mode="bypass")
     users = users_part(configurable)
     return Binding(
-        backend, items, refreshes, resources, control, raw, users, run_id, blocked, overridden
+        backend,
+        items,
+        refreshes,
+        resources,
+        control,
+        raw,
+        users,
+        run_id,
+        blocked,
+        overridden,
+        serde,
+        forked,
+        pins,
     )
 
 

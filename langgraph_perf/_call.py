@@ -121,7 +121,7 @@ def load(call: Call, entry: Entry, how: How) -> Ran | None:
         if call.counters.refused("undecodable"):
             logger.warning("%s: a stored result is not served: %s", call.name, exc)
         return None
-    depends(call.backend, entry.deps)
+    depends(call.backend, entry.deps, call.scope)
     if how in ("stale", "fallback"):
         taint("stale_inside")  # what is made of it would be served as fresh
     if how == "hit":
@@ -301,11 +301,14 @@ def _compute(
         call.counters.miss()
     try:
         deps: tuple[tuple[str, str], ...] | None = ()
-        if call.tags:
+        tags = (*call.tags, *call.marks)
+        if tags:
             # taken before the body reads anything: an invalidation from here on must count
-            tokens = yield Tokens(call.tags)
-            deps = None if tokens is None else tuple(zip(call.tags, tokens, strict=True))
-        gathering = Gathering(call.backend)
+            tokens = yield Tokens(tags)
+            deps = None if tokens is None else tuple(zip(tags, tokens, strict=True))
+            if deps is not None and call.owner is not None:
+                deps = call.owner.pinned(call.backend, deps)
+        gathering = Gathering(call.backend, call.scope)
         done = yield Run(flight, lease, gathering)
         if isinstance(done, Raised):
             # a question to a human answers nobody else: let all who wait ask their own
@@ -315,7 +318,7 @@ def _compute(
         call.counters.ran(done.seconds, spent)
         if deps is not None:
             deps = tuple({**gathering.deps, **dict(deps)}.items())
-            depends(call.backend, deps)
+            depends(call.backend, deps, call.scope)
         done.tainted = done.tainted or gathering.tainted
         if gathering.elsewhere:
             done.tainted = done.tainted or "tags_elsewhere"

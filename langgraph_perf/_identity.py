@@ -11,6 +11,7 @@ from langgraph.types import RetryPolicy
 
 from langgraph_perf import keys
 from langgraph_perf._binding import Binding
+from langgraph_perf._owner import Owner, made_in, run_namespace, thread_namespace
 from langgraph_perf.caches.base import tag_id
 from langgraph_perf.codec import Allowlist
 from langgraph_perf.errors import ConfigurationError
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("langgraph_perf")
 
 NAMESPACE = "langgraph_perf"
+RUN_SECONDS = 86400.0
+"""How long a result is kept that is removed with its run: a run that was killed removes nothing."""
+Tags = tuple[str, ...]
 _MISSING = object()
 
 
@@ -85,13 +89,13 @@ class NodeSpec:
 
 def call_key(
     spec: NodeSpec,
-    scope: Scope,
     state: Any,
     tags: tuple[str, ...],
     runtime: Any,
-    conf: Mapping[str, Any],
     binding: Binding,
+    sealed: bool,
 ) -> str:
+    """What the result depends on, as a digest; ``sealed``: whether it is stored under a seal."""
     policy = spec.policy
     assert policy is not None
     # plain data, which is quickest to encode
@@ -130,16 +134,9 @@ def call_key(
     if tags:
         # results with other dependencies are other results, whatever ``key`` says
         parts.append(("tags", tags))
-    if scope == "thread":
-        thread = conf.get("thread_id")
-        if thread is None:
-            raise ConfigurationError(
-                f"node {spec.name!r}: scope='thread' needs a thread, but the run has no thread_id; "
-                "pass configurable={'thread_id': ...} or use scope='run' or 'global'"
-            )
-        parts.append(("thread", str(thread)))
-    elif scope == "run":
-        parts.append(("run", binding.run_id))
+    if sealed:
+        # who cannot open it does not come upon it
+        parts.append(("sealed", True))
     try:
         return keys.digest(*parts)
     except keys.Unkeyable as exc:
@@ -148,6 +145,31 @@ def call_key(
             "vary= can leave it out of the key" if outside else "key= can leave it out of the key"
         )
         raise Uncached("unkeyable", f"{exc}; {way_out}") from None
+
+
+def call_owner(who: str, scope: Scope, conf: Mapping[str, Any], binding: Binding) -> Owner | None:
+    """Who owns a result of that ``scope``; ``None``: it is everybody's.
+
+    Raises:
+        ConfigurationError: it would be a thread's, and the run has none.
+    """
+    if scope == "global":
+        return None
+    if scope == "run":
+        return Owner(run_namespace(binding.run_id), binding.pins)
+    thread = conf.get("thread_id")
+    if thread is None:
+        raise ConfigurationError(
+            f"{who}: scope='thread' needs a thread, but the run has no thread_id; "
+            "pass configurable={'thread_id': ...} or use scope='run' or 'global'"
+        )
+    return Owner(thread_namespace(str(thread)), binding.pins)
+
+
+def call_marks(owner: Owner | None, conf: Mapping[str, Any], metadata: Mapping[str, Any]) -> Tags:
+    """The ids of the tags by which what is stored for ``owner`` is found, besides the owner's."""
+    run_id = conf.get("run_id") or metadata.get("run_id")
+    return () if owner is None or run_id is None else (made_in(str(run_id)),)
 
 
 def call_tags(policy: CachePolicy, state: Any) -> tuple[str, ...]:

@@ -16,8 +16,9 @@ from langgraph_perf._backend import Backend
 from langgraph_perf._flight import Flight, Waiter
 from langgraph_perf._freshness import Freshness, State
 from langgraph_perf._gathering import Gathering
+from langgraph_perf._owner import Owner
 from langgraph_perf.caches.base import Entry, Lease, Lookup
-from langgraph_perf.policy import Mode
+from langgraph_perf.policy import Mode, Scope
 from langgraph_perf.stats import NodeCounters
 
 
@@ -38,6 +39,9 @@ class Call:
         looked: whether the caller has looked the key up, in vain, a moment ago.
         unreadable: whether what is stored could not be read back.
         background: whether nobody waits for the result; then its lease is not kept for ever.
+        scope: who may be served the result.
+        owner: who owns it, if not everybody.
+        marks: ids of tags that the result depends on and a lookup does not ask for.
     """
 
     name: str
@@ -60,6 +64,9 @@ class Call:
     looked: bool = False
     unreadable: bool = False
     background: bool = False
+    scope: Scope = "global"
+    owner: Owner | None = None
+    marks: tuple[str, ...] = ()
 
     @property
     def lookup(self) -> Lookup:

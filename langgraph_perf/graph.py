@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from langchain_core.runnables import RunnableConfig
+from langgraph._internal._constants import CONFIG_KEY_CHECKPOINTER
 from langgraph._internal._runnable import RunnableSeq
 from langgraph.cache.base import BaseCache
 from langgraph.graph import StateGraph as LangGraphStateGraph
@@ -300,6 +302,21 @@ class CompiledGraph(
         """What the cache does for this graph."""
         return self._perf
 
+    @property
+    def checkpointer(self) -> Any:
+        """What keeps the graph's state; it tells the cache what becomes of its threads."""
+        given = self.__dict__.get("checkpointer")
+        perf = self.__dict__.get("_perf")
+        if perf is None:
+            return given  # being made
+        # here, since a server gives a graph its own in many ways
+        made = self.__dict__["checkpointer"] = perf.bound(given)
+        return made
+
+    @checkpointer.setter
+    def checkpointer(self, checkpointer: Checkpointer) -> None:
+        self.__dict__["checkpointer"] = checkpointer
+
     def copy(self, update: dict[str, Any] | None = None) -> Self:
         """Like LangGraph's ``copy``; the copy shares ``.perf``."""
         copied = super().copy(update)
@@ -312,7 +329,9 @@ class CompiledGraph(
         Raises:
             ConfigurationError: ``configurable["cache_control"]`` is not valid.
         """
-        return super().stream(input, self._bound(config, blocking=True), **kwargs)
+        config, run = self._bound(config, blocking=True)
+        events = super().stream(input, config, **kwargs)
+        return events if run is None else _ended(events, run)
 
     def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """Like LangGraph's ``astream``.
@@ -320,21 +339,27 @@ class CompiledGraph(
         Raises:
             ConfigurationError: ``configurable["cache_control"]`` is not valid.
         """
-        return super().astream(input, self._bound(config, blocking=False), **kwargs)
+        config, run = self._bound(config, blocking=False)
+        events = super().astream(input, config, **kwargs)
+        return events if run is None else _aended(events, run)
 
-    def _bound(self, config: RunnableConfig | None, *, blocking: bool) -> RunnableConfig | None:
-        """``config`` with what the nodes need to find the cache."""
+    def _bound(
+        self, config: RunnableConfig | None, *, blocking: bool
+    ) -> tuple[RunnableConfig | None, Binding | None]:
+        """``config`` with what the nodes need to find the cache; and the run, if results may be
+        stored that go when it ends."""
         around = ambient()
         own = (self.config or {}).get("configurable") or {}
         given = (config or {}).get("configurable") or {}
         parent: Binding | None = given.get(BINDING) or around.get(BINDING)
         perf = self._perf
         if perf.backend is None and parent is None and not perf.specs and perf.registry is None:
-            return config
+            return config, None
         merged = {**around, **own, **given}
         if not merged and self.checkpointer:
             # LangGraph's error for a forgotten thread_id looks for an empty configurable
-            return config
+            return config, None
+        lent = merged.get(CONFIG_KEY_CHECKPOINTER)
         overridden = any(inner.overridden for inner in perf.family)
         if overridden or (parent is not None and parent.overridden):
             taint("overridden")  # and so is what a graph around this one makes of it
@@ -347,12 +372,16 @@ class CompiledGraph(
             merged,
             blocking=blocking,
             overridden=overridden,
+            serde=getattr(lent or self.checkpointer, "serde", None),
         )
         if parent is None and binding.control.nodes:
             perf.check_control(binding.control)
         # in the first releases of LangGraph 1.2 what is given here hides what would be inherited
-        inherited = given or own or around
-        return {**(config or {}), "configurable": {**inherited, BINDING: binding}}
+        inherited = {**(given or own or around), BINDING: binding}
+        if lent is not None and CONFIG_KEY_CHECKPOINTER in inherited:
+            inherited[CONFIG_KEY_CHECKPOINTER] = perf.bound(lent)
+        ends = parent is None and perf.may_store("run", binding.control)
+        return {**(config or {}), "configurable": inherited}, binding if ends else None
 
     def clear_cache(self, nodes: Sequence[str] | None = None) -> None:
         """Clear the stored results of ``nodes``, by default of all; an empty list clears none.
@@ -365,6 +394,25 @@ class CompiledGraph(
     async def aclear_cache(self, nodes: Sequence[str] | None = None) -> None:
         """Like ``clear_cache``, without blocking the event loop."""
         await self._perf.required_cache().aclear(self._perf.namespaces(nodes))
+
+
+def _ended(events: Any, run: Binding) -> Iterator[Any]:
+    """``events``, after which what belonged to ``run`` is removed."""
+    try:
+        yield from events
+    finally:
+        for backend, namespace in run.owned():
+            backend.forget(namespace)
+
+
+async def _aended(events: Any, run: Binding) -> AsyncIterator[Any]:
+    try:
+        async with aclosing(events):
+            async for event in events:
+                yield event
+    finally:
+        for backend, namespace in run.owned():
+            await backend.aforget(namespace)
 
 
 # Drawings and traces name a graph's class; what knows LangGraph's knows this one as well.

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from langchain_core.runnables import RunnableConfig
@@ -19,11 +20,14 @@ from langgraph_perf._binding import BINDING, Binding
 from langgraph_perf._drive import NOBODY, adrive, cancellations, drive
 from langgraph_perf._flight import Flight, held_flights
 from langgraph_perf._gathering import depends
+from langgraph_perf._identity import call_marks, call_owner
+from langgraph_perf._owner import Owner
+from langgraph_perf._sealing import Seal
 from langgraph_perf._steps import Call, Ran
 from langgraph_perf._watch import Watch, current_config
 from langgraph_perf.caches.base import Entry, Lookup, tag_id
 from langgraph_perf.errors import CacheMiss, ConfigurationError
-from langgraph_perf.policy import CacheControl, seconds, shortest
+from langgraph_perf.policy import CacheControl, Scope, seconds, shortest
 from langgraph_perf.stats import NodeCounters
 
 K = TypeVar("K")
@@ -55,9 +59,52 @@ def get_cache(namespace: str, config: RunnableConfig | None = None) -> ItemCache
     config = config or var_child_runnable_config.get() or {}
     binding: Binding | None = (config.get("configurable") or {}).get(BINDING)
     if binding is None or binding.backend is None:
-        return ItemCache(namespace, None, _NO_CONTROL, NodeCounters())
-    control = binding.control.for_node((config.get("metadata") or {}).get("langgraph_node", ""))
-    return ItemCache(namespace, binding.backend, control, binding.items.of(namespace), config)
+        return ItemCache(namespace, _NOWHERE, _NO_CONTROL, NodeCounters())
+    conf, metadata = config.get("configurable") or {}, config.get("metadata") or {}
+    control = binding.control.for_node(metadata.get("langgraph_node", ""))
+    owner = call_owner(f"get_cache({namespace!r})", control.scope or "global", conf, binding)
+    place = _Place(
+        binding.backend,
+        owner,
+        call_marks(owner, conf, metadata),
+        Seal.of(binding.serde, binding.backend.cache),
+    )
+    return ItemCache(namespace, place, control, binding.items.of(namespace), config)
+
+
+class _Place(NamedTuple):
+    """Where items are kept, for whom, and under which seal."""
+
+    backend: Backend | None = None
+    owner: Owner | None = None
+    marks: tuple[str, ...] = ()
+    seal: Seal | None = None
+
+    def lookup(
+        self, namespace: str, key: Any, tags: tuple[str, ...], max_age: float | None
+    ) -> Lookup:
+        """How the item ``key`` is found.
+
+        Raises:
+            keys.Unkeyable: it cannot be.
+        """
+        parts: list[tuple[str, Any]] = [("key", key)]
+        where: tuple[str, ...] = (NAMESPACE, namespace)
+        if self.seal is not None:
+            parts.append(("sealed", True))
+        if self.owner is not None:
+            parts.append(("items", namespace))
+            where = self.owner.namespace
+        return Lookup((where, keys.digest(*parts)), tags, max_age)
+
+    def load(self, name: str, payload: bytes) -> Any:
+        """The value stored under the key ``name``."""
+        return codec.decode(payload if self.seal is None else self.seal.opened(name, payload))
+
+    def dump(self, name: str, value: Any) -> bytes:
+        """What to store under the key ``name``."""
+        payload = codec.encode(value)
+        return payload if self.seal is None else self.seal.closed(name, payload)
 
 
 class _Missed(NamedTuple):
@@ -77,13 +124,14 @@ class ItemCache:
     def __init__(
         self,
         namespace: str,
-        backend: Backend | None,
+        place: _Place,
         control: CacheControl,
         counters: NodeCounters,
         config: RunnableConfig | None = None,
     ) -> None:
         self.namespace = namespace
-        self._backend = backend
+        self._place = place
+        self._backend = place.backend
         self._control = control
         self._counters = counters
         self._config = config
@@ -166,7 +214,7 @@ class ItemCache:
         if self._backend is not None and batch.lookups:
             batch.found(self._backend.read_many(batch.lookups))
         if batch.missed:
-            tokens = self._backend.tokens(batch.tags) if self._backend and batch.tags else ()
+            tokens = self._backend.tokens(batch.marks) if self._backend and batch.marks else ()
             started = time.perf_counter()
             missing = batch.missing_keys()
             with self._watched(batch.watch):
@@ -189,7 +237,8 @@ class ItemCache:
         if self._backend is not None and batch.lookups:
             batch.found(await self._backend.aread_many(batch.lookups))
         if batch.missed:
-            tokens = await self._backend.atokens(batch.tags) if self._backend and batch.tags else ()
+            marks = batch.marks
+            tokens = await self._backend.atokens(marks) if self._backend and marks else ()
             started = time.perf_counter()
             missing = batch.missing_keys()
             cancelled = cancellations()
@@ -222,13 +271,16 @@ class ItemCache:
             max_age=lookup.max_age,
             ttl=lookup.max_age,
             jitter=0.0,
-            load=codec.decode,
-            dump=codec.encode,
+            load=partial(self._place.load, lookup.key[1]),
+            dump=partial(self._place.dump, lookup.key[1]),
             refuse=_store_all,
             spent=_no_tokens,
             on_hit=_unseen,
             held=held_flights.get() or self._held,
             suspects=self._leading,
+            scope=self._control.scope or "global",
+            owner=self._place.owner,
+            marks=self._place.marks,
         )
 
     def _tags(self, tags: Sequence[str]) -> tuple[str, ...]:
@@ -239,7 +291,8 @@ class ItemCache:
                 f"tags: {type(self._backend.cache).__name__} cannot invalidate by tag; accepted: "
                 "no tags, or compile(cache=) with MemoryCache, DiskCache or TieredCache"
             )
-        return tuple(sorted({tag_id(tag) for tag in tags}))
+        own = () if self._place.owner is None else (self._place.owner.tag,)
+        return (*sorted({tag_id(tag) for tag in tags}), *own)
 
     def _lookup(self, key: Any, tags: tuple[str, ...], ttl: float | None) -> Lookup | None:
         """Where ``key`` is kept; ``None``: it is not."""
@@ -248,8 +301,12 @@ class ItemCache:
         if self._control.mode == "bypass":
             self._counters.refused("bypassed")
             return None
+        if self._place.owner is not None and not self._backend.cache.supports_tags:
+            self._counters.refused("tags_unsupported")
+            return None
+        max_age = shortest(ttl, self._control.ttl)  # type: ignore[arg-type]
         try:
-            digest = keys.digest(("key", key))
+            return self._place.lookup(self.namespace, key, tags, max_age)
         except keys.Unkeyable as exc:
             first = self._counters.refused("unkeyable")
             if first:
@@ -257,8 +314,6 @@ class ItemCache:
             if self._control.mode == "only":
                 raise CacheMiss(self.namespace, f"mode 'only', and {exc}") from None
             return None
-        max_age = shortest(ttl, self._control.ttl)  # type: ignore[arg-type]
-        return Lookup(((NAMESPACE, self.namespace), digest), tags, max_age)
 
 
 def _require_callable(where: str, compute: object) -> None:
@@ -292,6 +347,7 @@ class _Batch:
         self._keys = list(keys)
         self._ttl = shortest(seconds("get_or_set_many(ttl=)", ttl), cache._control.ttl)  # type: ignore[arg-type]
         self.tags = cache._tags(tags)
+        self.marks = (*self.tags, *cache._place.marks)
         self.watch = Watch()
         self.values: list[Any] = [None] * len(self._keys)
         places: dict[Any, list[int]] = {}
@@ -313,18 +369,18 @@ class _Batch:
         missed = []
         for miss in self.missed:
             entry = answers.get(miss.lookup.key) if miss.lookup is not None else None
-            if entry is None:
+            if entry is None or miss.lookup is None:
                 missed.append(miss)
                 continue
             try:
-                value = codec.decode(entry.payload)
+                value = self._cache._place.load(miss.lookup.key[1], entry.payload)
             except codec.DecodeError:
                 self._cache._counters.refused("undecodable")
                 missed.append(miss)
                 continue
             self._cache._counters.hit(entry.seconds, entry.tokens)
             assert self._cache._backend is not None
-            depends(self._cache._backend, entry.deps)
+            depends(self._cache._backend, entry.deps, self._scope)
             self._put(miss.position, value)
         self.missed = missed
 
@@ -347,9 +403,12 @@ class _Batch:
             )
         share = took / len(self.missed)
         entries = []
-        deps = tuple(zip(self.tags, tokens or (), strict=False))
-        if self._cache._backend is not None:
-            depends(self._cache._backend, deps)
+        deps = tuple(zip(self.marks, tokens or (), strict=False))
+        place = self._cache._place
+        if place.backend is not None:
+            if place.owner is not None:
+                deps = place.owner.pinned(place.backend, deps)
+            depends(place.backend, deps, self._scope)
         for miss, value in zip(self.missed, values, strict=True):
             self._cache._counters.ran(share, 0)
             self._put(miss.position, value)
@@ -360,17 +419,20 @@ class _Batch:
                 self._cache._counters.refused(reason)
                 continue
             try:
-                payload = codec.encode(value)
+                payload = place.dump(miss.lookup.key[1], value)
             except codec.EncodeError as exc:
                 if self._cache._counters.refused("unserializable"):
                     logger.warning("get_cache(%r): not stored: %s", self._cache.namespace, exc)
                 continue
-            backend = self._cache._backend
-            assert backend is not None
-            now = backend.cache.clock()
+            assert place.backend is not None
+            now = place.backend.cache.clock()
             expires = None if self._ttl is None else now + self._ttl
             entries.append((miss.lookup, Entry(payload, now, expires, deps, share)))
         return entries
+
+    @property
+    def _scope(self) -> Scope:
+        return self._cache._control.scope or "global"
 
     def _put(self, first: int, value: Any) -> None:
         for position in self._positions[first]:
@@ -390,3 +452,4 @@ def _unseen(entry: Entry) -> None:
 
 
 _NO_CONTROL = CacheControl()
+_NOWHERE = _Place()

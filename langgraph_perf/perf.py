@@ -9,14 +9,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from langgraph.cache.base import BaseCache
+from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from langgraph_perf._backend import Backend
 from langgraph_perf._binding import CONTROL
 from langgraph_perf._identity import NodeSpec
+from langgraph_perf._lives import Lives
 from langgraph_perf._refresh import Refreshes
 from langgraph_perf.caches.base import Cache
 from langgraph_perf.errors import ConfigurationError
-from langgraph_perf.policy import CacheControl
+from langgraph_perf.policy import CacheControl, CachePolicy, Scope
 from langgraph_perf.stats import ItemCounters, NodeStats, Stats
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Perf:
         self.specs: dict[str, NodeSpec] = {}
         self.items = ItemCounters()
         self.refreshes = Refreshes()
+        self.lives = Lives(self._backends, lambda run: self.may_store("thread", run.control))
         self.backend: Backend | None = None
         if cache is not None:
             if not isinstance(cache, Cache):
@@ -113,6 +116,43 @@ class Perf:
         """Whether resources are replaced now."""
         return bool(self._overrides)
 
+    def forget_thread(self, thread_id: str) -> None:
+        """Remove every stored result that belongs to a thread (``scope="thread"``), on every tier
+        and for all processes that share the cache; also what its runs are still computing.
+
+        ``graph.checkpointer.delete_thread`` does this too.
+
+        Raises:
+            Exception: a cache could not be asked to; nothing of the thread may be served by the
+                others. Call it again.
+        """
+        self.lives.forget([thread_id])
+
+    async def aforget_thread(self, thread_id: str) -> None:
+        """Like ``forget_thread``, without blocking the event loop."""
+        await self.lives.aforget([thread_id])
+
+    def bound(self, checkpointer: Any) -> Any:
+        """``checkpointer`` as the graph is to use it: one that tells the caches of its threads."""
+        if not isinstance(checkpointer, BaseCheckpointSaver) or not self._backends():
+            return checkpointer
+        from langgraph_perf._bound_saver import bound, is_bound
+
+        return (
+            checkpointer if is_bound(checkpointer, self.lives) else bound(checkpointer, self.lives)
+        )
+
+    def _backends(self) -> list[Backend]:
+        return [perf.backend for perf in self.family if perf.backend is not None]
+
+    def may_store(self, scope: Scope, control: CacheControl) -> bool:
+        """Whether a run with this ``control`` may store results of this scope."""
+        return any(asked.scope == scope for asked in (control, *control.nodes.values())) or any(
+            spec.policy is not None and spec.policy.scope == scope
+            for perf in self.family
+            for spec in perf.specs.values()
+        )
+
     def close(self) -> None:
         """End what runs in the background, and close the graph's resources: what is idle now, what
         is leased when it comes back.
@@ -137,19 +177,20 @@ class Perf:
                 yield f"{path}|", graph
 
     def check_tags(self) -> None:
-        """Refuse policies with tags over a cache that cannot invalidate."""
+        """Refuse policies with tags, or of threads, over a cache that cannot invalidate."""
         if self.backend is None or self.backend.cache.supports_tags:
             return
         for prefix, graph in self._graphs():
             if prefix and graph.perf.backend is not None:
                 continue  # it has a cache of its own
             for name, spec in graph.perf.specs.items():
-                if spec.policy is not None and spec.policy.tags:
+                field = _needs_tags(spec.policy)
+                if field is not None:
                     raise ConfigurationError(
-                        f"node {prefix + name!r}, CachePolicy.tags: "
-                        f"{type(self._graph.cache).__name__} cannot invalidate by tag; accepted: "
-                        "no tags, or compile(cache=) with MemoryCache, DiskCache, RedisCache or "
-                        "TieredCache"
+                        f"node {prefix + name!r}, CachePolicy.{field}: "
+                        f"{type(self._graph.cache).__name__} cannot invalidate by tag or thread; "
+                        "accepted: no tags and another scope, or compile(cache=) with MemoryCache, "
+                        "DiskCache, RedisCache or TieredCache"
                     )
 
     def check_resources(self) -> None:
@@ -201,6 +242,12 @@ class Perf:
                 )
         names = self.specs if nodes is None else nodes
         return [self.specs[name].namespace for name in names if name in self.specs]
+
+
+def _needs_tags(policy: CachePolicy | None) -> str | None:
+    if policy is not None and policy.tags:
+        return "tags"
+    return "scope" if policy is not None and policy.scope == "thread" else None
 
 
 def _same(value: Any, *key: Any) -> Any:

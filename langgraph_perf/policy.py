@@ -19,6 +19,7 @@ from langgraph_perf.errors import ConfigurationError
 
 Scope = Literal["global", "thread", "run"]
 Mode = Literal["use", "refresh", "bypass", "only"]
+OnFork = Literal["reuse", "refresh"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)  # widest first
 MODES: tuple[Mode, ...] = get_args(Mode)
 
@@ -35,7 +36,8 @@ class CachePolicy:
         vary: which parts of the run's context and user ``configurable`` are in the key too.
             ``None``: all of both; ``()``: nothing; dotted names such as ``"context.user_id"`` or
             ``"configurable.model"``: only these.
-        scope: who shares a result: everybody (``"global"``), one thread or one run.
+        scope: who shares a result: everybody (``"global"``), one thread or one run. What is a
+            thread's is removed with the thread, what is a run's when the run ends.
         ttl: how long a result may be served, in seconds or as a ``timedelta``; ``None``: for ever.
         jitter: fraction (0 to 1) of ``ttl`` by which expiry is spread at random, so that results
             stored together do not all expire together.
@@ -48,6 +50,8 @@ class CachePolicy:
             is filled from the node's input, or one callable that returns such names.
         version: replaces the automatic fingerprint of the node's code.
         when: called with the result; store it only if this returns true.
+        on_fork: what a run does that starts from a checkpoint named by its caller
+            (``configurable["checkpoint_id"]``): ``"reuse"`` results, or ``"refresh"`` them.
 
     Raises:
         ConfigurationError: a field has a value it cannot have.
@@ -63,6 +67,7 @@ class CachePolicy:
     tags: Sequence[str] | Callable[[Any], Sequence[str]] = ()
     version: str | int | None = None
     when: Callable[[Any], bool] | None = None
+    on_fork: OnFork = "reuse"
 
     def __post_init__(self) -> None:
         if self.key is not None and not callable(self.key):
@@ -114,6 +119,7 @@ class CachePolicy:
                 f"CachePolicy.when: got {self.when!r}; accepted: a callable that takes the result, "
                 "or None to store every result"
             )
+        _choice("CachePolicy.on_fork", self.on_fork, get_args(OnFork))
 
     @classmethod
     def of(cls, policy: Any) -> CachePolicy:

@@ -1,0 +1,231 @@
+"""A checkpointer that tells the cache what becomes of its threads, and checkpoints of the cache.
+
+It hands everything on to the saver it stands for and is of a class made for that saver's class: it
+has the methods which that one has of its own, and no others, since LangGraph and the conformance
+suite tell by them what a saver can do.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from langgraph.checkpoint.base import BaseCheckpointSaver
+
+from langgraph_perf._lives import Lives
+from langgraph_perf._provenance import METADATA, Ledger
+
+Saver = BaseCheckpointSaver[Any]
+
+
+def bound(saver: Saver, lives: Lives) -> Saver:
+    """``saver``, whose threads take what they own in the caches with them.
+
+    One that is bound already is bound to these caches as well.
+    """
+    known = saver.__dict__ if issubclass(type(saver), _Bound) else {}
+    inner: Any = known.get("_saver", saver)
+    kind: Any = type(inner)
+    made: Saver = _class_for(kind)(inner, (*known.get("_lives", ()), lives))
+    made.__dict__["provenance"] = known.get("provenance") or Ledger()
+    return made
+
+
+def is_bound(saver: object, lives: Lives) -> bool:
+    """Whether ``saver`` already tells ``lives``."""
+    return issubclass(type(saver), _Bound) and any(
+        known is lives for known in saver.__dict__["_lives"]
+    )
+
+
+class _Bound:
+    """What the classes made here have in common.
+
+    Attributes:
+        provenance: what was served from the cache and is in no checkpoint yet.
+    """
+
+    def __init__(self, saver: Saver, lives: tuple[Lives, ...]) -> None:
+        self.__dict__.update(_saver=saver, _lives=lives)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_saver", "_lives", "provenance"):
+            raise AttributeError(name)  # being copied: not there yet
+        return getattr(self.__dict__["_saver"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_saver"], name, value)
+
+    def __copy__(self) -> Any:
+        # LangGraph copies a saver to give the copy another serde
+        clone = type(self).__new__(type(self))
+        clone.__dict__.update(self.__dict__, _saver=copy.copy(self.__dict__["_saver"]))
+        return clone
+
+    def __repr__(self) -> str:
+        return repr(self.__dict__["_saver"])
+
+
+def _handed_on(name: str) -> Any:
+    return property(lambda self: getattr(self.__dict__["_saver"], name))
+
+
+def _put(self: Any, config: Any, checkpoint: Any, metadata: Any, *args: Any, **kwargs: Any) -> Any:
+    nodes, tasks = self.provenance.of(config, metadata)
+    told = {**metadata, METADATA: {"cached": nodes}} if nodes else metadata
+    result = self._saver.put(config, checkpoint, told, *args, **kwargs)
+    if tasks:
+        self.provenance.told(config, tasks)
+    return result
+
+
+async def _aput(
+    self: Any, config: Any, checkpoint: Any, metadata: Any, *args: Any, **kwargs: Any
+) -> Any:
+    nodes, tasks = self.provenance.of(config, metadata)
+    told = {**metadata, METADATA: {"cached": nodes}} if nodes else metadata
+    result = await self._saver.aput(config, checkpoint, told, *args, **kwargs)
+    if tasks:
+        self.provenance.told(config, tasks)
+    return result
+
+
+def _get_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+    for lives in self._lives:
+        lives.started(config)
+    return self._saver.get_tuple(config, *args, **kwargs)
+
+
+async def _aget_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+    for lives in self._lives:
+        await lives.astarted(config)
+    return await self._saver.aget_tuple(config, *args, **kwargs)
+
+
+def _delete_thread(self: Any, thread_id: str, *args: Any, **kwargs: Any) -> None:
+    try:
+        self._saver.delete_thread(thread_id, *args, **kwargs)
+    finally:
+        for lives in self._lives:
+            lives.forget([thread_id])
+
+
+async def _adelete_thread(self: Any, thread_id: str, *args: Any, **kwargs: Any) -> None:
+    try:
+        await self._saver.adelete_thread(thread_id, *args, **kwargs)
+    finally:
+        for lives in self._lives:
+            await lives.aforget([thread_id])
+
+
+def _delete_for_runs(self: Any, run_ids: Any, *args: Any, **kwargs: Any) -> None:
+    try:
+        self._saver.delete_for_runs(run_ids, *args, **kwargs)
+    finally:
+        for lives in self._lives:
+            lives.forget_runs(run_ids)
+
+
+async def _adelete_for_runs(self: Any, run_ids: Any, *args: Any, **kwargs: Any) -> None:
+    try:
+        await self._saver.adelete_for_runs(run_ids, *args, **kwargs)
+    finally:
+        for lives in self._lives:
+            await lives.aforget_runs(run_ids)
+
+
+def _prune(self: Any, thread_ids: Any, *args: Any, **kwargs: Any) -> None:
+    try:
+        self._saver.prune(thread_ids, *args, **kwargs)
+    finally:
+        for lives in self._lives if _deletes(self._saver.prune, thread_ids, args, kwargs) else ():
+            lives.forget(thread_ids)
+
+
+async def _aprune(self: Any, thread_ids: Any, *args: Any, **kwargs: Any) -> None:
+    try:
+        await self._saver.aprune(thread_ids, *args, **kwargs)
+    finally:
+        for lives in self._lives if _deletes(self._saver.aprune, thread_ids, args, kwargs) else ():
+            await lives.aforget(thread_ids)
+
+
+def _copy_thread(self: Any, source: str, target: str, *args: Any, **kwargs: Any) -> None:
+    self._saver.copy_thread(source, target, *args, **kwargs)
+    for lives in self._lives:
+        lives.copy(source, target)
+
+
+async def _acopy_thread(self: Any, source: str, target: str, *args: Any, **kwargs: Any) -> None:
+    await self._saver.acopy_thread(source, target, *args, **kwargs)
+    for lives in self._lives:
+        await lives.acopy(source, target)
+
+
+def _with_allowlist(self: Any, *args: Any, **kwargs: Any) -> Any:
+    inner = self._saver.with_allowlist(*args, **kwargs)
+    if inner is self._saver:
+        return self
+    clone = copy.copy(self)
+    clone.__dict__["_saver"] = inner
+    return clone
+
+
+def _deletes(prune: Callable[..., Any], threads: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call of ``prune`` leaves nothing of the threads."""
+    given = inspect.signature(prune).bind(threads, *args, **kwargs)
+    given.apply_defaults()
+    return given.arguments.get("strategy") == "delete"
+
+
+_TELLING: dict[str, Callable[..., Any]] = {
+    "put": _put,
+    "aput": _aput,
+    "get_tuple": _get_tuple,
+    "aget_tuple": _aget_tuple,
+    "delete_thread": _delete_thread,
+    "adelete_thread": _adelete_thread,
+    "delete_for_runs": _delete_for_runs,
+    "adelete_for_runs": _adelete_for_runs,
+    "prune": _prune,
+    "aprune": _aprune,
+    "copy_thread": _copy_thread,
+    "acopy_thread": _acopy_thread,
+    "with_allowlist": _with_allowlist,
+}
+_ENTERED = ("__enter__", "__exit__", "__aenter__", "__aexit__")
+
+
+@functools.cache
+def _class_for(kind: Any) -> Any:
+    members: dict[str, Any] = {
+        # so that `isinstance` sees the saver that it stands for
+        "__class__": property(lambda self: type(self.__dict__["_saver"])),
+        "serde": property(
+            lambda self: self.__dict__["_saver"].serde,
+            lambda self, serde: setattr(self.__dict__["_saver"], "serde", serde),
+        ),
+    }
+    for name in dir(BaseCheckpointSaver):
+        own = getattr(kind, name, None)
+        if name.startswith("__") or name == "serde" or own is getattr(BaseCheckpointSaver, name):
+            continue
+        if name in _TELLING:
+            members[name] = functools.wraps(own)(_TELLING[name]) if callable(own) else own
+        else:
+            members[name] = _handed_on(name)
+    for name in _ENTERED:
+        if hasattr(kind, name):
+            members[name] = _entered(name)
+    return type(kind.__name__, (_Bound, BaseCheckpointSaver), members)
+
+
+def _entered(name: str) -> Callable[..., Any]:
+    def call(self: Any, *args: Any) -> Any:
+        result = getattr(self.__dict__["_saver"], name)(*args)
+        return self if result is self.__dict__["_saver"] else result
+
+    return call

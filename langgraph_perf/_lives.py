@@ -1,0 +1,147 @@
+"""Removing and copying what threads and runs own, in every cache that a graph uses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from langgraph_perf._backend import Backend, owner_tag
+from langgraph_perf._binding import BINDING, Binding
+from langgraph_perf._owner import made_in, thread_namespace
+from langgraph_perf.caches.base import Cache
+
+logger = logging.getLogger("langgraph_perf")
+
+
+class Lives:
+    """The threads of one graph, as its caches know them.
+
+    An explicit order to remove something does not fail open: what a cache raises, the caller gets.
+
+    Args:
+        backends: gives the caches of the graph and of the graphs inside it.
+        in_threads: whether a run that starts with this binding may store what a thread owns.
+    """
+
+    def __init__(
+        self, backends: Callable[[], Iterable[Backend]], in_threads: Callable[[Binding], bool]
+    ) -> None:
+        self._backends = backends
+        self._in_threads = in_threads
+
+    @property
+    def _caches(self) -> list[Cache]:
+        return [backend.cache for backend in self._backends() if backend.cache.supports_tags]
+
+    def forget(self, threads: Sequence[str]) -> None:
+        """Remove what these threads own."""
+        namespaces = [thread_namespace(str(thread)) for thread in threads]
+        with _at_the_end() as failures:
+            for cache in self._caches if namespaces else ():
+                with _kept(failures):
+                    # first the tags: who stores something from now on sees that it is too late
+                    cache.drop_tags([owner_tag(namespace) for namespace in namespaces])
+                    cache.clear(namespaces)
+
+    async def aforget(self, threads: Sequence[str]) -> None:
+        """Like ``forget``, without blocking the event loop."""
+        namespaces = [thread_namespace(str(thread)) for thread in threads]
+        with _at_the_end() as failures:
+            for cache in self._caches if namespaces else ():
+                with _kept(failures):
+                    await cache.adrop_tags([owner_tag(namespace) for namespace in namespaces])
+                    await cache.aclear(namespaces)
+
+    def forget_runs(self, runs: Sequence[str]) -> None:
+        """See to it that what threads own of these runs is never served again; the room it takes
+        is given back when it expires, is evicted, or its thread goes."""
+        with _at_the_end() as failures:
+            for cache in self._caches if runs else ():
+                with _kept(failures):
+                    cache.drop_tags([made_in(str(run)) for run in runs])
+
+    async def aforget_runs(self, runs: Sequence[str]) -> None:
+        """Like ``forget_runs``, without blocking the event loop."""
+        with _at_the_end() as failures:
+            for cache in self._caches if runs else ():
+                with _kept(failures):
+                    await cache.adrop_tags([made_in(str(run)) for run in runs])
+
+    def copy(self, source: str, target: str) -> None:
+        """Give ``target`` a copy of what ``source`` owns; what fails is computed again."""
+        for cache in self._caches:
+            old, new = thread_namespace(str(source)), thread_namespace(str(target))
+            tag = owner_tag(new)
+            try:
+                (token,) = cache.tag_tokens([tag])
+                cache.copy(old, new, {owner_tag(old): (tag, token)})
+            except Exception as exc:
+                _not_copied(cache, exc)
+
+    async def acopy(self, source: str, target: str) -> None:
+        """Like ``copy``, without blocking the event loop."""
+        for cache in self._caches:
+            old, new = thread_namespace(str(source)), thread_namespace(str(target))
+            tag = owner_tag(new)
+            try:
+                (token,) = await cache.atag_tokens([tag])
+                await cache.acopy(old, new, {owner_tag(old): (tag, token)})
+            except Exception as exc:
+                _not_copied(cache, exc)
+
+    # -- when a run starts ----------------------------------------------------------------------
+
+    def started(self, config: Any) -> None:
+        """A run reads its thread's checkpoint: whatever is forgotten from now on, it must know."""
+        for binding, backend, tag in self._unpinned(config):
+            tokens = backend.tokens([tag])
+            if tokens is not None:
+                binding.pins.setdefault((backend, tag), tokens[0])
+
+    async def astarted(self, config: Any) -> None:
+        """Like ``started``, without blocking the event loop."""
+        for binding, backend, tag in self._unpinned(config):
+            tokens = await backend.atokens([tag])
+            if tokens is not None:
+                binding.pins.setdefault((backend, tag), tokens[0])
+
+    def _unpinned(self, config: Any) -> list[tuple[Binding, Backend, str]]:
+        conf = config.get("configurable") or {}
+        binding, thread = conf.get(BINDING), conf.get("thread_id")
+        if not isinstance(binding, Binding) or thread is None or not self._in_threads(binding):
+            return []
+        tag = owner_tag(thread_namespace(str(thread)))
+        backends = {*self._backends(), *([binding.backend] if binding.backend else ())}
+        return [
+            (binding, backend, tag)
+            for backend in backends
+            if backend.cache.supports_tags and (backend, tag) not in binding.pins
+        ]
+
+
+@contextmanager
+def _at_the_end() -> Iterator[list[Exception]]:
+    """One cache that fails must not keep the others from being told: errors are raised after."""
+    failures: list[Exception] = []
+    yield failures
+    for failure in failures:
+        raise failure
+
+
+@contextmanager
+def _kept(failures: list[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as exc:
+        failures.append(exc)
+
+
+def _not_copied(cache: Cache, exc: Exception) -> None:
+    logger.warning(
+        "the results of a copied thread are computed again: copying them in %s failed: %s: %s",
+        type(cache).__name__,
+        type(exc).__name__,
+        exc,
+    )

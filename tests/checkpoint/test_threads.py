@@ -1,0 +1,527 @@
+"""What a thread or a run owns lives and dies with it, in every cache, sync and async."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.graph import START
+from typing_extensions import TypedDict
+
+from langgraph_perf import CachePolicy, DiskCache, MemoryCache, StateGraph, get_cache
+from langgraph_perf._backend import Backend, owner_tag
+from langgraph_perf._owner import thread_namespace
+from langgraph_perf.caches.base import Cache, Lookup
+from langgraph_perf.errors import ConfigurationError
+
+
+class State(TypedDict, total=False):
+    query: str
+    answer: str
+
+
+POLICY = CachePolicy(scope="thread", version="1", key=["query"])
+
+
+class Saver(InMemorySaver):
+    """Does what none of LangGraph's own savers can."""
+
+    def _moved(self, store: Any, source: str, target: str | None) -> None:
+        for key in [key for key in store if key[0] == source]:
+            value = store.pop(key) if target is None else store[key]
+            if target is not None:
+                store[(target, *key[1:])] = value
+
+    def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+        self.storage[target_thread_id] = self.storage[source_thread_id]
+        self._moved(self.writes, source_thread_id, target_thread_id)
+        self._moved(self.blobs, source_thread_id, target_thread_id)
+
+    async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+        self.copy_thread(source_thread_id, target_thread_id)
+
+    def delete_for_runs(self, run_ids: Any) -> None: ...
+
+    async def adelete_for_runs(self, run_ids: Any) -> None: ...
+
+    def prune(self, thread_ids: Any, *, strategy: str = "keep_latest") -> None: ...
+
+    async def aprune(self, thread_ids: Any, *, strategy: str = "keep_latest") -> None: ...
+
+
+_NEW = object()
+
+
+def build(
+    node: Any, cache: Any, policy: CachePolicy | None = None, saver: Any = _NEW, **kwargs: Any
+) -> Any:
+    builder = StateGraph(State)
+    builder.add_node("answer", node, cache_policy=policy or POLICY, **kwargs)
+    builder.add_edge(START, "answer")
+    saver = Saver() if saver is _NEW else saver
+    return builder.compile(checkpointer=saver, cache=cache)
+
+
+def counted() -> tuple[Any, list[str]]:
+    """A node, and the queries that its body ran for."""
+    ran: list[str] = []
+
+    def node(state: State) -> State:
+        ran.append(state["query"])
+        return {"answer": state["query"].upper()}
+
+    return node, ran
+
+
+def run(graph: Any, thread: str, query: str = "q", **conf: Any) -> Any:
+    return graph.invoke({"query": query}, {"configurable": {"thread_id": thread, **conf}})
+
+
+def left(cache: Cache, thread: str) -> int:
+    """How many entries of ``thread`` are stored, servable or not."""
+    copied = "a copy of it"
+    tag = owner_tag(thread_namespace(thread))
+    token = cache.peek_tags([tag]).get(tag)
+    if token is None:
+        return 0
+    (new,) = cache.tag_tokens([owner_tag(thread_namespace(copied))])
+    number = cache.copy(
+        thread_namespace(thread),
+        thread_namespace(copied),
+        {tag: (owner_tag(thread_namespace(copied)), new)},
+    )
+    cache.clear([thread_namespace(copied)])
+    return number
+
+
+def test_a_threads_results_are_its_own(cache: Cache) -> None:
+    """Another thread computes the same anew; the thread itself does not."""
+    node, ran = counted()
+    graph = build(node, cache)
+    for thread in ("a", "a", "b", "b", "a"):
+        assert run(graph, thread)["answer"] == "Q"
+    assert len(ran) == 2
+
+
+@pytest.mark.parametrize("how", ["delete_thread", "prune", "forget_thread"])
+@pytest.mark.parametrize("awaited", [False, True], ids=["sync", "async"])
+def test_what_a_thread_owns_goes_with_it(cache: Cache, how: str, awaited: bool) -> None:
+    """Deleting, pruning away or forgetting a thread removes its results, and no one else's."""
+    node, ran = counted()
+    graph = build(node, cache)
+    for thread in ("gone", "stays"):
+        run(graph, thread)
+    assert (left(cache, "gone"), left(cache, "stays")) == (1, 1)
+
+    def remove() -> Any:
+        if how == "forget_thread":
+            return (graph.perf.aforget_thread if awaited else graph.perf.forget_thread)("gone")
+        saver = graph.checkpointer
+        if how == "prune":
+            return (saver.aprune if awaited else saver.prune)(["gone"], strategy="delete")
+        return (saver.adelete_thread if awaited else saver.delete_thread)("gone")
+
+    async def aremove() -> None:
+        await remove()
+
+    asyncio.run(aremove()) if awaited else remove()
+    assert (left(cache, "gone"), left(cache, "stays")) == (0, 1)
+    for thread in ("stays", "gone"):
+        run(graph, thread)
+    assert len(ran) == 3
+
+
+def test_pruning_to_the_latest_keeps_what_a_living_thread_owns(cache: Cache) -> None:
+    """The thread lives on, and so do its results."""
+    node, ran = counted()
+    graph = build(node, cache)
+    run(graph, "t")
+    graph.checkpointer.prune(["t"])
+    run(graph, "t")
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize("awaited", [False, True], ids=["sync", "async"])
+def test_a_copied_thread_has_copies_of_its_own(cache: Cache, awaited: bool) -> None:
+    """The copy hits what the original had, and survives it."""
+    node, ran = counted()
+    graph = build(node, cache)
+    run(graph, "original", "one")
+    run(graph, "original", "two")
+    saver = graph.checkpointer
+    if awaited:
+        asyncio.run(saver.acopy_thread("original", "copy"))
+    else:
+        saver.copy_thread("original", "copy")
+    run(graph, "copy", "one")
+    saver.delete_thread("original")
+    run(graph, "copy", "two")
+    assert ran == ["one", "two"]
+    run(graph, "original", "one")
+    assert ran == ["one", "two", "one"]
+    saver.delete_thread("copy")
+    assert left(cache, "copy") == 0
+
+
+@pytest.mark.parametrize("awaited", [False, True], ids=["sync", "async"])
+def test_deleted_runs_take_what_they_made(cache: Cache, awaited: bool) -> None:
+    """Results of a deleted run are not served; those of the thread's other runs are."""
+    node, ran = counted()
+    graph = build(node, cache)
+    run(graph, "t", "one", run_id="run-1")
+    run(graph, "t", "two", run_id="run-2")
+    run(graph, "t", "one", run_id="run-3")  # a hit: it was made in the first
+    assert ran == ["one", "two"]
+    if awaited:
+        asyncio.run(graph.checkpointer.adelete_for_runs(["run-1"]))
+    else:
+        graph.checkpointer.delete_for_runs(["run-1"])
+    run(graph, "t", "two", run_id="run-4")
+    run(graph, "t", "one", run_id="run-5")
+    assert ran == ["one", "two", "one"]
+
+
+def test_a_run_that_ends_after_its_thread_leaves_nothing(cache: Cache) -> None:
+    """The thread is deleted while a node runs, and a later node of the same run has yet to."""
+    entered, deleted = threading.Event(), threading.Event()
+
+    def slow(state: State) -> State:
+        entered.set()
+        assert deleted.wait(30)
+        return {"answer": "late"}
+
+    node, ran = counted()
+    builder = StateGraph(State)
+    builder.add_node("uncached", lambda state: None)
+    builder.add_node("slow", slow, cache_policy=POLICY)
+    builder.add_node("after", node, cache_policy=POLICY)
+    builder.add_edge(START, "uncached").add_edge("uncached", "slow").add_edge("slow", "after")
+    graph: Any = builder.compile(checkpointer=Saver(), cache=cache)
+    worker = threading.Thread(target=run, args=(graph, "t"))
+    worker.start()
+    assert entered.wait(30)
+    graph.checkpointer.delete_thread("t")
+    deleted.set()
+    worker.join(30)
+    assert ran == ["q"]
+    # the thread's tag has a new token, should it live again: count whatever depends on it or not
+    assert left(cache, "t") == 0
+    if isinstance(cache, (MemoryCache, DiskCache)):
+        assert cache.stats().entries == 0
+
+
+def test_a_thread_deleted_before_its_run_stores_anything(cache: Cache) -> None:
+    """A run knows its thread from its start, not from its first result on."""
+    entered, deleted = threading.Event(), threading.Event()
+
+    def slow(state: State) -> None:
+        entered.set()
+        assert deleted.wait(30)
+
+    node, ran = counted()
+    builder = StateGraph(State)
+    builder.add_node("slow", slow)
+    builder.add_node("after", node, cache_policy=POLICY)
+    builder.add_edge(START, "slow").add_edge("slow", "after")
+    graph: Any = builder.compile(checkpointer=Saver(), cache=cache)
+    worker = threading.Thread(target=run, args=(graph, "t"))
+    worker.start()
+    assert entered.wait(30)
+    graph.checkpointer.delete_thread("t")
+    deleted.set()
+    worker.join(30)
+    assert ran == ["q"]
+    run(graph, "t")
+    assert ran == ["q", "q"]
+
+
+async def test_an_awaited_run_that_ends_after_its_thread_leaves_nothing(cache: Cache) -> None:
+    """The same on an event loop."""
+    entered, deleted = asyncio.Event(), asyncio.Event()
+
+    async def slow(state: State) -> State:
+        entered.set()
+        await deleted.wait()
+        return {"answer": "late"}
+
+    graph = build(slow, cache)
+    config = {"configurable": {"thread_id": "t"}}
+    task = asyncio.create_task(graph.ainvoke({"query": "q"}, config))
+    await entered.wait()
+    await graph.checkpointer.adelete_thread("t")
+    deleted.set()
+    await task
+    if isinstance(cache, (MemoryCache, DiskCache)):
+        assert cache.stats().entries == 0
+    entered.clear()
+    await graph.ainvoke({"query": "q"}, config)
+    assert entered.is_set()
+
+
+_OTHER = """
+import sys
+from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph_perf import DiskCache
+from tests.checkpoint.test_threads import build
+with SqliteSaver.from_conn_string(sys.argv[1]) as saver:
+    graph = build(lambda state: None, DiskCache(sys.argv[2]), saver=saver)
+    graph.checkpointer.delete_thread("t")
+"""
+
+
+def test_a_thread_deleted_by_another_process(tmp_path: Path) -> None:
+    """A process that computes nothing removes what this one stored, and this one sees it."""
+    node, ran = counted()
+    with (
+        DiskCache(tmp_path / "cache") as disk,
+        SqliteSaver.from_conn_string(str(tmp_path / "db")) as saver,
+    ):
+        from langgraph_perf import TieredCache
+
+        graph = build(node, TieredCache(MemoryCache(), disk), saver=saver)
+        run(graph, "t")
+        run(graph, "t")
+        subprocess.run(
+            [sys.executable, "-c", _OTHER, str(tmp_path / "db"), str(tmp_path / "cache")],
+            check=True,
+            timeout=60,
+        )
+        assert disk.stats().entries == 0
+        run(graph, "t")
+        assert len(ran) == 2
+
+
+def test_a_runs_results_end_with_it(cache: Cache) -> None:
+    """``scope="run"``: equal work of one run is done once, that of the next one again."""
+    ran: list[int] = []
+
+    def node(state: State) -> State:
+        ran.append(1)
+        return {"answer": "a"}
+
+    policy = CachePolicy(scope="run", version="1", key=["query"])
+    builder = StateGraph(State)
+    builder.add_node("first", node, cache_policy=policy)
+    builder.add_node("again", lambda state: inner.invoke({"query": "q"}))
+    builder.add_edge(START, "first").add_edge("first", "again")
+    inner = build(node, None, policy, saver=False)
+    graph: Any = builder.compile(cache=cache)
+    graph.invoke({"query": "q"})
+    assert len(ran) == 2
+    graph.invoke({"query": "q"})
+    assert len(ran) == 4
+    if isinstance(cache, (MemoryCache, DiskCache)):
+        assert cache.stats().entries == 0
+
+
+async def test_a_runs_results_end_with_it_awaited(cache: Cache) -> None:
+    """The same for a run that is streamed on an event loop, and for one that is left halfway."""
+    builder = StateGraph(State)
+    for name in ("one", "two"):
+        builder.add_node(
+            name, lambda state: {"answer": "a"}, cache_policy=CachePolicy(scope="run", version=name)
+        )
+    builder.add_edge(START, "one").add_edge("one", "two")
+    graph: Any = builder.compile(cache=cache)
+    async for _ in graph.astream({"query": "q"}):
+        pass
+    stream = graph.astream({"query": "q"})
+    await stream.__anext__()
+    await stream.aclose()
+    if isinstance(cache, (MemoryCache, DiskCache)):
+        assert cache.stats().entries == 0
+
+
+def test_a_caller_narrows_a_policy_to_the_thread(cache: Cache) -> None:
+    """``cache_control`` with scope ``thread``: items too are stored for the thread."""
+    ran: list[str] = []
+
+    def node(state: State) -> State:
+        ran.append("node")
+        return {"answer": get_cache("items").get_or_set("k", lambda: ran.append("item") or "v")}
+
+    graph = build(node, cache, CachePolicy(version="1", key=["query"]))
+    control = {"cache_control": {"scope": "thread"}}
+    for thread in ("a", "a", "b"):
+        run(graph, thread, **control)
+    assert ran == ["node", "item"] * 2
+    graph.checkpointer.delete_thread("a")
+    run(graph, "b", **control)
+    assert ran == ["node", "item"] * 2
+    run(graph, "a", **control)
+    assert ran == ["node", "item"] * 3
+
+
+def test_many_items_of_a_thread_go_with_it(cache: Cache) -> None:
+    """``get_or_set_many`` narrowed to a thread keeps to the same."""
+    asked: list[list[int]] = []
+
+    def node(state: State) -> State:
+        def compute(keys: list[int]) -> list[int]:
+            asked.append(keys)
+            return keys
+
+        get_cache("items").get_or_set_many([1, 2], compute)
+        return {"answer": "a"}
+
+    graph = build(node, cache, CachePolicy(version="1", key=["query"], when=lambda result: False))
+    control = {"cache_control": {"scope": "thread"}}
+    run(graph, "a", **control)
+    run(graph, "a", **control)
+    assert asked == [[1, 2]]
+    graph.perf.forget_thread("a")
+    run(graph, "a", **control)
+    assert asked == [[1, 2]] * 2
+
+
+def test_clearing_a_node_clears_what_threads_own_of_it(cache: Cache) -> None:
+    """``clear_cache`` keeps LangGraph's meaning for results of threads."""
+    node, ran = counted()
+    graph = build(node, cache)
+    run(graph, "t")
+    graph.clear_cache(["answer"])
+    run(graph, "t")
+    assert len(ran) == 2
+
+
+def test_what_is_made_of_a_threads_result_is_not_everybodys(cache: Cache) -> None:
+    """A node with a wider scope is not stored if it used a result of one thread."""
+    node, ran = counted()
+    inner = build(node, None, saver=False)
+    outer: list[int] = []
+
+    def around(state: State) -> Any:
+        outer.append(1)
+        return inner.invoke(state)
+
+    graph = build(around, cache, CachePolicy(version="1", key=["query"]))
+    run(graph, "alice")
+    run(graph, "alice")
+    assert (len(outer), len(ran)) == (2, 1)
+    assert graph.perf.stats().nodes["answer"].refusals["narrower_inside"] == 2
+
+
+def test_forgetting_fails_loudly(tmp_path: Path) -> None:
+    """An order to remove something does not fail open, and every cache is told."""
+
+    class Broken(MemoryCache):
+        def drop_tags(self, tags: Any) -> None:
+            raise ConnectionError("away")
+
+    node, _ = counted()
+    own = MemoryCache()
+    builder = StateGraph(State)
+    builder.add_node("inner", build(node, own, saver=True))
+    builder.add_edge(START, "inner")
+    saver = Saver()
+    graph: Any = builder.compile(checkpointer=saver, cache=Broken())
+    run(graph, "t")
+    assert left(own, "t") == 1
+    with pytest.raises(ConnectionError, match="away"):
+        graph.checkpointer.delete_thread("t")
+    assert left(own, "t") == 0
+    assert not list(saver.list({"configurable": {"thread_id": "t"}}))
+
+
+def test_a_saver_that_cannot_delete_still_forgets() -> None:
+    """What the saver raises comes through; results are forgotten all the same."""
+
+    class Stubborn(Saver):
+        def delete_thread(self, thread_id: str) -> None:
+            raise PermissionError("no")
+
+    node, _ = counted()
+    cache = MemoryCache()
+    graph = build(node, cache, saver=Stubborn())
+    run(graph, "t")
+    with pytest.raises(PermissionError, match="no"):
+        graph.checkpointer.delete_thread("t")
+    assert cache.stats().entries == 0
+
+
+def test_a_cache_that_cannot_copy_lets_the_copy_compute(caplog: pytest.LogCaptureFixture) -> None:
+    """Copying costs no more than a computation."""
+
+    class Fails(MemoryCache):
+        def copy(self, *args: Any) -> int:
+            raise ConnectionError("away")
+
+    node, ran = counted()
+    graph = build(node, Fails())
+    run(graph, "original")
+    graph.checkpointer.copy_thread("original", "copy")
+    assert "are computed again" in caplog.text
+    run(graph, "copy")
+    assert len(ran) == 2
+
+
+def test_scope_thread_needs_a_thread() -> None:
+    """Without a ``thread_id`` there is nobody to own the result: a clear error."""
+    node, _ = counted()
+    graph = build(node, MemoryCache(), saver=False)
+    with pytest.raises(ConfigurationError, match=r"node 'answer': scope='thread' needs a thread"):
+        graph.invoke({"query": "q"})
+
+
+def test_scope_thread_needs_a_cache_that_can_forget() -> None:
+    """A foreign cache cannot: refused when the graph is compiled, or not stored if a run asks."""
+    from langgraph.cache.memory import InMemoryCache
+
+    node, ran = counted()
+    with pytest.raises(ConfigurationError, match=r"CachePolicy.scope: InMemoryCache cannot"):
+        build(node, InMemoryCache())
+    graph = build(node, InMemoryCache(), CachePolicy(version="1", key=["query"]))
+    for _ in range(2):
+        run(graph, "t", cache_control={"scope": "thread"})
+    assert len(ran) == 2
+    for _ in range(2):
+        run(graph, "t", cache_control={"scope": "run"})
+    assert len(ran) == 4
+
+
+def test_a_checkpoint_of_another_thread(cache: Cache) -> None:
+    """A ``checkpoint_id`` that is not of the thread is as in LangGraph: an empty start; results of
+    the thread it is of are not served."""
+    node, ran = counted()
+    graph = build(node, cache)
+    run(graph, "alice", "secret")
+    theirs = graph.get_state({"configurable": {"thread_id": "alice"}}).config["configurable"]
+    result = run(graph, "bob", "secret", checkpoint_id=theirs["checkpoint_id"])
+    assert result == {"query": "secret", "answer": "SECRET"}
+    assert len(ran) == 2
+
+
+def test_tokens_are_pinned_by_backend(cache: Cache) -> None:
+    """A graph inside with a cache of its own goes by that one's token."""
+    node, ran = counted()
+    own = MemoryCache()
+    builder = StateGraph(State)
+    builder.add_node("inner", build(node, own, saver=None))
+    builder.add_node("outer", node, cache_policy=POLICY)
+    builder.add_edge(START, "inner").add_edge("inner", "outer")
+    graph: Any = builder.compile(checkpointer=Saver(), cache=cache)
+    run(graph, "t")
+    run(graph, "t")
+    assert len(ran) == 2
+    graph.checkpointer.delete_thread("t")
+    assert (left(own, "t"), left(cache, "t")) == (0, 0)
+
+
+def test_a_late_result_is_removed_even_if_it_was_written(cache: Cache) -> None:
+    """Forgotten between the computation and the write: the backend itself takes it back."""
+    backend = Backend.of(cache)
+    namespace = thread_namespace("t")
+    tag = owner_tag(namespace)
+    from langgraph_perf.caches.base import Entry
+
+    entry = Entry(b"x", cache.clock(), None, ((tag, cache.tag_tokens([tag])[0]),))
+    cache.drop_tags([tag])
+    assert backend.write((namespace, "k"), entry, None) is False
+    assert cache.peek([Lookup((namespace, "k"))]) == [None]
