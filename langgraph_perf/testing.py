@@ -31,7 +31,7 @@ from typing import Any
 
 import pytest
 
-from langgraph_perf.caches.base import Cache, Entry, Lease, Lookup, namespace_tag, tag_id
+from langgraph_perf.caches.base import OWNED, Cache, Entry, Lease, Lookup, namespace_tag, tag_id
 
 __all__ = [
     "BoundedConformance",
@@ -46,6 +46,7 @@ __all__ = [
 
 KEY = (("graph", "node"), "key")
 NAMESPACES = [(), ("",), ("a",), ("a", "b"), ("a,b",), ("a.b",), ("a:b",), ("ab",), ("a", "b", "")]
+OWNERS = [(OWNED, "thread", "1"), (OWNED, "thread", "2"), (OWNED, "run", "1"), (OWNED,)]
 NAMES = ["", "k", "k,", "é\ud800", "x" * 300]
 
 
@@ -225,6 +226,81 @@ class CacheConformance:
         cache.clear([])
         assert cache.one() is not None
 
+    # -- what belongs to an owner -----------------------------------------------------------------
+
+    def everything(self, cache: Subject, namespace: Any) -> list[bytes | None]:
+        """What is stored under ``NAMES`` in ``namespace``."""
+        found = cache.read([Lookup((namespace, name)) for name in NAMES])
+        return [e and e.payload for e in found]
+
+    def test_owners_are_cleared_one_by_one(self, cache: Subject) -> None:
+        """Clearing what one owner has leaves what others have, and other namespaces."""
+        namespaces = [*OWNERS, KEY[0]]
+        for i, namespace in enumerate(namespaces):
+            for name in NAMES:
+                cache.write((namespace, name), entry(str(i).encode()))
+        cleared: list[Any] = []
+        for some in ([OWNERS[1]], [OWNERS[0], (OWNED, "thread", "3"), KEY[0]], OWNERS[3:]):
+            cache.clear(some)
+            cleared += some
+            for i, namespace in enumerate(namespaces):
+                expected = None if namespace in cleared else str(i).encode()
+                assert self.everything(cache, namespace) == [expected] * len(NAMES)
+        cache.write((OWNERS[1], "k"), entry(b"new"))
+        assert cache.one((OWNERS[1], "k")).payload == b"new"
+        cache.clear()
+        assert cache.one((OWNERS[1], "k")) is cache.one((OWNERS[2], "k")) is None
+
+    def test_entries_of_owners_expire_and_are_replaced(self, cache: Subject, clock: Clock) -> None:
+        """They are entries like any other."""
+        a, b = (OWNERS[0], "a"), (OWNERS[0], "b")
+        cache.write(a, entry(b"1", expires=clock() + 5))
+        cache.write(b, entry(b"2", expires=clock() + 100))
+        clock.advance(5)
+        assert [e and e.payload for e in cache.read([Lookup(a), Lookup(b)])] == [None, b"2"]
+        cache.write(a, entry(b"3"))
+        cache.write(b, entry(b"4", expires=clock() + 5))
+        clock.advance(5)
+        assert [e and e.payload for e in cache.read([Lookup(a), Lookup(b)])] == [b"3", None]
+        cache.clear([OWNERS[0]])
+        assert cache.read([Lookup(a), Lookup(b)]) == [None, None]
+
+    def test_owners_are_copied(self, cache: Subject, clock: Clock) -> None:
+        """A copy has the same entries and goes its own way; a backend may make none at all."""
+        source, target, other = OWNERS[:3]
+        kept = entry(b"kept", expires=clock() + 100, seconds=0.5, tokens=7, grace=3.0)
+        cache.write((source, "kept"), kept)
+        cache.write((source, "expired"), entry(expires=clock() + 5))
+        cache.write((source, "both"), entry(b"source"))
+        cache.write((target, "both"), entry(b"target"))
+        cache.write((target, "own"), entry(b"own"))
+        cache.write((other, "other"), entry())
+        clock.advance(5)
+        copied = cache.copy(source, target, {})
+        if not copied:
+            assert cache.one((target, "kept")) is None
+            assert cache.one((target, "both")).payload == b"target"
+            return
+        assert copied == 2
+        names = ("kept", "expired", "both", "own", "other")
+        found = cache.read([Lookup((target, name)) for name in names])
+        assert [e and e.payload for e in found] == [b"kept", None, b"source", b"own", None]
+        assert found[0] == kept
+        cache.clear([source])
+        assert cache.one((target, "kept")) == kept
+        assert cache.copy(target, source, {}) == 3
+        cache.clear([target])
+        assert cache.one((target, "kept")) is None
+        assert cache.one((source, "own")).payload == b"own"
+        assert cache.copy(target, source, {}) == 0
+
+    def test_only_owners_are_copied(self, cache: Subject) -> None:
+        """Other namespaces are neither copied nor copied into."""
+        for source, target in ((("a",), OWNERS[0]), (OWNERS[1], ("b",)), (("c",), ("d",))):
+            cache.write((source, "k"), entry())
+            assert cache.copy(source, target, {}) == 0
+            assert cache.one((target, "k")) is None
+
     # -- LangGraph's BaseCache --------------------------------------------------------------------
 
     def test_base_cache_returns_the_keys_asked(self, cache: Subject) -> None:
@@ -283,6 +359,8 @@ class CacheConformance:
         cache.set({KEY: (1, None)})
         cache.clear()
         cache.clear([KEY[0]])
+        cache.clear(OWNERS)
+        assert cache.copy(OWNERS[0], OWNERS[1], {}) == 0
         assert (cache.stats()).entries == 0
         cache.close()
 
@@ -391,6 +469,29 @@ class TagConformance(CacheConformance):
         cache.tag_tokens([tag_id("docs")])
         cache.write(KEY, entry(deps=((tag_id("docs"), "0" * 16),)))
         assert cache.one() is None
+
+    def test_copies_depend_on_what_they_are_told(self, cache: Subject) -> None:
+        """In a copy the named dependencies are replaced and the others stay; what is invalid is
+        not copied."""
+        source, target = OWNERS[:2]
+        thread, docs = self.tagged(cache, "thread 1", "docs")
+        cache.write((source, "k"), entry(deps=(thread, docs)))
+        (gone,) = self.tagged(cache, "gone")
+        cache.write((source, "invalid"), entry(deps=(gone,)))
+        cache.invalidate("gone")
+        (new,) = self.tagged(cache, "thread 2")
+        copied = cache.copy(source, target, {thread[0]: new})
+        if not copied:
+            return
+        assert copied == 1
+        assert cache.one((target, "invalid")) is None
+        assert cache.one((target, "k")).deps == (new, docs)
+        assert cache.one((source, "k")).deps == (thread, docs)
+        cache.invalidate("thread 1")
+        assert cache.one((source, "k")) is None
+        assert cache.one((target, "k"), tags=(new[0], docs[0])) is not None
+        cache.invalidate("docs")
+        assert cache.one((target, "k")) is None
 
     def test_tokens_are_bounded(self, cache: Subject) -> None:
         """Thousands of tags at once are answered, and later asked tags keep their tokens."""
@@ -570,6 +671,38 @@ class SharedConformance(LeaseConformance, TagConformance):
         assert new is not None
         assert cache.write(KEY, entry(b"late"), lease) is False
         assert other.one().payload == b"value"
+
+    def test_owners_are_shared(self, cache: Subject, other: Subject) -> None:
+        """What one stores, copies and clears for an owner, the other sees at once."""
+        source, target = OWNERS[:2]
+        for i in range(3):
+            stored = entry(str(i).encode(), deps=self.tagged(cache, "docs"))
+            cache.write((source, "k"), stored)
+            assert other.one((source, "k")) == other.one((source, "k")) == stored
+            if cache.copy(source, target, {}):
+                assert other.one((target, "k")) == other.one((target, "k")) == stored
+            other.clear([source])
+            assert cache.one((source, "k")) is other.one((source, "k")) is None
+            cache.clear([target])
+            assert other.one((target, "k")) is None
+
+    def test_leases_of_owners(self, cache: Subject, other: Subject) -> None:
+        """The leases of what belongs to an owner hold, fence and outlast a ``clear``."""
+        key = (OWNERS[0], "k")
+        lease = cache.acquire(key)
+        assert other.acquire(key) is None
+        assert other.acquire((OWNERS[1], "k")) is not None
+        assert cache.renew(lease) is not None
+        cache.clear([OWNERS[0]])
+        assert other.acquire(key) is None
+        assert cache.write(key, entry(), lease) is True
+        new = other.acquire(key)
+        assert cache.write(key, entry(b"late"), lease) is False
+        cache.release(lease)
+        assert cache.acquire(key) is None
+        other.release(new)
+        assert cache.acquire(key) is not None
+        assert other.one(key).payload == b"value"
 
     def test_pausing_ends(self, cache: Subject, other: Subject) -> None:
         """Waiting for a holder ends when the lease is free, and in time when it is not."""

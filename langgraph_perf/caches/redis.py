@@ -1,7 +1,7 @@
 """A cache in Redis or Valkey, shared by any number of machines.
 
 What a prefix ``lgp`` keeps there (``{}`` are real braces, so that on a cluster an entry and its
-lease share a slot; nothing else has to):
+lease share a slot, and all that belongs to one ``owned`` namespace does; nothing else has to):
 
 =====================  ===========================================================================
 ``lgp:1:e2:{digest}``  an entry, in version 2 of its format: one string; expires with the entry
@@ -9,7 +9,17 @@ lease share a slot; nothing else has to):
 ``lgp:1:t:{tag id}``   a tag's token; expires when nobody has asked for it in a month
 ``lgp:1:w:{digest}``   a channel: something happened to the entry's lease
 ``lgp:1:views``        a channel to which those subscribe that know tag tokens without asking
+``lgp:1:n:{owner}``    the index of an owned namespace: a sorted set of the second halves of its
+                       entries' digests, by the unix millisecond from which on each is gone (up to
+                       a second late, ``inf`` for never); expires with the last of them
 =====================  ===========================================================================
+
+A digest is that of the namespace, 32 hexadecimal digits, which are also its tag's id, and 32 of the
+name. Of an owned namespace the braces hold only the first half (``lgp:1:e2:{owner}name``).
+
+An entry there ends in the token that its namespace's tag had when it was stored, and is served only
+while that is current: the server, when it is short of memory, may evict an index, and a ``clear``
+must count for what it no longer finds as well.
 
 A lookup is one ``MGET`` of the entry and of the tokens it is likely to depend on, so both are of
 one moment; only an entry with unforeseen tags (those of cached calls inside the call) takes a
@@ -44,12 +54,12 @@ from langgraph_perf.caches.base import (
     key_digest,
     namespace_tag,
     new_token,
-    pack,
+    owned,
     require_seconds,
     timely,
-    unpack,
 )
 from langgraph_perf.caches.entry import _MAGIC as MAGIC
+from langgraph_perf.caches.entry import namespace_digest, pack_as, unpack_as
 from langgraph_perf.errors import ConfigurationError
 
 T = TypeVar("T")
@@ -61,6 +71,8 @@ _TOKEN_SECONDS = 30 * 86400
 _AT_ONCE = 64
 """Most keys of one ``MGET``: what is worked off in one go, which an event loop must stand."""
 _SCAN = 1000
+_MEMBER = re.compile(rb"[0-9a-f]{32}")
+_TOKEN_LENGTH = 16
 _POLL = 0.1
 """Seconds between looks at a lease when nobody can tell of it."""
 
@@ -72,6 +84,48 @@ if mark ~= '' and mark ~= 'LGP' then return -1 end
 if ARGV[2] == '0' then redis.call('SET', KEYS[1], ARGV[4])
 else redis.call('SET', KEYS[1], ARGV[4], 'PX', ARGV[2]) end
 if redis.call('DEL', KEYS[2]) == 1 then redis.pcall('PUBLISH', ARGV[3], '') end
+return 1
+""")
+# KEYS, ARGV: as above; then KEYS: index, the namespace's token; ARGV: the name's digest, what
+# becomes the token if there is none, seconds that it lives. What has expired leaves the index.
+_WRITE_OWNED = Script("""
+if ARGV[1] ~= '' and redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
+local mark = redis.pcall('GETRANGE', KEYS[1], 4, 6)
+if mark ~= '' and mark ~= 'LGP' then return -1 end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local gone = redis.pcall('ZREMRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now))
+if type(gone) == 'table' then return -1 end
+local token = redis.call('GET', KEYS[4])
+if token then
+    -- not each time: whoever knows the token would be told to forget it
+    local left = redis.call('TTL', KEYS[4])
+    if left >= 0 and left < ARGV[7] / 2 then redis.call('EXPIRE', KEYS[4], ARGV[7]) end
+else
+    token = ARGV[6]
+    redis.call('SET', KEYS[4], token, 'EX', ARGV[7])
+end
+local blob = ARGV[4] .. token
+if ARGV[2] == '0' then
+    redis.call('SET', KEYS[1], blob)
+    redis.call('ZADD', KEYS[3], 'inf', ARGV[5])
+else
+    redis.call('SET', KEYS[1], blob, 'PX', ARGV[2])
+    redis.call('ZADD', KEYS[3], string.format('%.0f', now + ARGV[2] + 1000), ARGV[5])
+end
+local last = redis.call('ZRANGE', KEYS[3], -1, -1, 'WITHSCORES')[2]
+if last == 'inf' then redis.call('PERSIST', KEYS[3])
+else redis.call('PEXPIREAT', KEYS[3], last) end
+if redis.call('DEL', KEYS[2]) == 1 then redis.pcall('PUBLISH', ARGV[3], '') end
+return 1
+""")
+# KEYS: index, entries. ARGV: the names' digests. Together, or what is stored in between is lost
+# from the index.
+_UNLINK_OWNED = Script("""
+for i, name in ipairs(ARGV) do
+    redis.call('UNLINK', KEYS[i + 1])
+    redis.call('ZREM', KEYS[1], name)
+end
 return 1
 """)
 # KEYS: lease. ARGV: token, milliseconds. Its own lease it may take again: an answer can get lost.
@@ -231,6 +285,18 @@ class RedisCache(TokenCache):
         """Like ``write``, without blocking the event loop."""
         return await self._ado(self._writing(key, entry, lease))
 
+    def copy(
+        self, source: Namespace, target: Namespace, deps: Mapping[str, tuple[str, str]]
+    ) -> int:
+        """Copy what is servable in one owned namespace into another; see ``Cache``."""
+        return self._do(self._copying(source, target, deps))
+
+    async def acopy(
+        self, source: Namespace, target: Namespace, deps: Mapping[str, tuple[str, str]]
+    ) -> int:
+        """Like ``copy``, without blocking the event loop."""
+        return await self._ado(self._copying(source, target, deps))
+
     async def aclear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Like ``clear``, without blocking the event loop."""
         await asyncio.sleep(await self._ado(self._clearing(namespaces)))
@@ -245,11 +311,11 @@ class RedisCache(TokenCache):
                 tags += [tag for tag in lookup.tags if tag not in tags]
         since = self._mark()
         blobs = yield from self._get(
-            [self._name(_ENTRY, key_digest(lookup.key).hex()) for lookup in lookups]
+            [self._key_name(_ENTRY, lookup.key) for lookup in lookups]
             + [self._name("t", tag) for tag in tags]
         )
-        entries = yield from self._unpacked(lookups, blobs)
         current = _tokens(tags, blobs[len(lookups) :])
+        entries = yield from self._unpacked(lookups, blobs, current)
         needed = {tag for entry in entries if entry is not None for tag, _ in entry.deps}
         unforeseen = needed.difference(tags)
         if unforeseen:
@@ -260,14 +326,17 @@ class RedisCache(TokenCache):
     def _peeking(self, lookups: Sequence[Lookup]) -> Steps[list[Entry | None]]:
         if self._closed or not lookups:
             return [None] * len(lookups)
-        blobs = yield from self._get(
-            [self._name(_ENTRY, key_digest(lookup.key).hex()) for lookup in lookups]
-        )
-        return (yield from self._unpacked(lookups, blobs))
+        blobs = yield from self._get([self._key_name(_ENTRY, lookup.key) for lookup in lookups])
+        return (yield from self._unpacked(lookups, blobs, None))
 
     def _unpacked(
-        self, lookups: Sequence[Lookup], blobs: Sequence[Any]
+        self,
+        lookups: Sequence[Lookup],
+        blobs: Sequence[Any],
+        current: Mapping[str, str] | None,
     ) -> Steps[list[Entry | None]]:
+        """The timely entries; of owned namespaces only those stored since the last ``clear``, as
+        far as ``current`` tells."""
         now = self.clock()
         entries: list[Entry | None] = []
         for i, lookup in enumerate(lookups):
@@ -275,38 +344,102 @@ class RedisCache(TokenCache):
                 yield []  # an event loop has other things to do
             entry = None
             if blobs[i] is not None:
-                try:
-                    entry = unpack(lookup.key, blobs[i], self.value_serde)
-                except DamagedEntry:
-                    self._tally.add(damaged=1)
+                namespace = lookup.key[0]
+                entry = self._unsealed(
+                    key_digest(lookup.key),
+                    blobs[i],
+                    owned(namespace),
+                    None if current is None else current.get(namespace_tag(namespace), ""),
+                )
             entries.append(entry if entry is not None and timely(entry, lookup, now) else None)
         return entries
+
+    def _unsealed(
+        self, digest: bytes, blob: bytes, is_owned: bool, token: str | None
+    ) -> Entry | None:
+        if is_owned:
+            if token is not None and blob[-_TOKEN_LENGTH:] != token.encode("latin-1"):
+                return None
+            blob = blob[:-_TOKEN_LENGTH]
+        try:
+            return unpack_as(digest, blob, self.value_serde)
+        except DamagedEntry:
+            self._tally.add(damaged=1)
+            return None
 
     def _writing(self, key: FullKey, entry: Entry, lease: Lease | None) -> Steps[bool]:
         if self._closed:
             return False
+        token = lease.token if lease is not None else ""
+        (reply,) = yield [self._write(key_digest(key), owned(key[0]), entry, token)]
+        return self._stored(reply)
+
+    def _write(self, digest: bytes, is_owned: bool, entry: Entry, token: str) -> Command:
         milliseconds = 0
         if entry.expires is not None:
             milliseconds = max(1, math.ceil((entry.expires - self.clock()) * 1000))
-        digest = key_digest(key).hex()
-        (reply,) = yield [
-            (
-                _WRITE,
-                2,
-                self._name(_ENTRY, digest),
-                self._name("l", digest),
-                lease.token if lease is not None else "",
-                milliseconds,
-                self._name("w", digest),
-                pack(key, entry, self.value_serde),
-            )
+        name, lease, channel = [
+            self._digest_name(kind, digest, is_owned) for kind in (_ENTRY, "l", "w")
         ]
+        blob = pack_as(digest, entry, self.value_serde)
+        if not is_owned:
+            return (_WRITE, 2, name, lease, token, milliseconds, channel, blob)
+        owner, rest = _halves(digest)
+        keys = (name, lease, self._name("n", owner), self._name("t", owner))
+        return (
+            *(_WRITE_OWNED, 4, *keys, token, milliseconds, channel, blob),
+            *(rest, new_token(), _TOKEN_SECONDS),
+        )
+
+    def _stored(self, reply: Any) -> bool:
         if _good(reply) != 1:
             if reply == -1:
                 self._tally.add(refused=1)
             return False
         self._tally.add(writes=1)
         return True
+
+    def _copying(
+        self, source: Namespace, target: Namespace, deps: Mapping[str, tuple[str, str]]
+    ) -> Steps[int]:
+        if self._closed or not (owned(source) and owned(target)):
+            return 0
+        first, second = namespace_digest(tuple(source)), namespace_digest(tuple(target))
+        own, copied = first.hex(), 0
+        names: list[bytes] = []
+        while len(names) % _SCAN == 0:
+            more = yield from self._members(own, len(names))
+            names += more
+            if not more:
+                break
+        for at in range(0, len(names), _AT_ONCE):
+            rests = [bytes.fromhex(name.decode()) for name in names[at : at + _AT_ONCE]]
+            blobs = yield from self._get(
+                [self._digest_name(_ENTRY, first + rest, True) for rest in rests]
+                + [self._name("t", own)]
+            )
+            token = _tokens([own], blobs[-1:]).get(own, "")
+            entries = [
+                self._unsealed(first + rest, blob, True, token) if blob is not None else None
+                for rest, blob in zip(rests, blobs[:-1], strict=True)
+            ]
+            tags = {tag for entry in entries if entry is not None for tag, _ in entry.deps}
+            copies = self._copied(entries, (yield from self._peeking_tags(tags)), deps)
+            writes = [
+                self._write(second + rest, True, entry, "")
+                for rest, entry in zip(rests, copies, strict=True)
+                if entry is not None
+            ]
+            if writes:
+                copied += sum([self._stored(reply) for reply in (yield writes)])
+        return copied
+
+    def _members(self, owner: str, start: int) -> Steps[list[bytes]]:
+        """Up to ``_SCAN`` names in an index, from the one at ``start`` on."""
+        (reply,) = yield [("ZRANGE", self._name("n", owner), start, start + _SCAN - 1)]
+        if _is_wrong_type(reply):
+            return []  # nothing of ours
+        return [name for name in _good(reply) if _MEMBER.fullmatch(name)]
 
     def _clearing(self, namespaces: Sequence[Namespace] | None) -> Steps[float]:
         """Returns for how many seconds somebody may not have noticed."""
@@ -318,19 +451,43 @@ class RedisCache(TokenCache):
                 self._listener.view.flush()
             replies = yield self._views
             yield from self._delete("e")
+            yield from self._delete("n")
             return _unnoticed(replies)
-        tags = [namespace_tag(tuple(namespace)) for namespace in namespaces]
-        wait = yield from self._dropping(tags)
+        tags = {namespace_tag(tuple(namespace)): owned(namespace) for namespace in namespaces}
+        wait = yield from self._dropping(list(tags))
+        for owner in [tag for tag, is_owned in tags.items() if is_owned]:
+            yield from self._unlink_owned(owner)
         # an entry's name begins with its namespace's digest
-        yield from self._delete("e", tags)
+        others = [tag for tag, is_owned in tags.items() if not is_owned]
+        if others:
+            yield from self._delete("e", others)
         return wait
+
+    def _unlink_owned(self, owner: str) -> Steps[None]:
+        """Delete what the index of an owned namespace names."""
+        (reply,) = yield [("ZCARD", self._name("n", owner))]
+        left = 0 if _is_wrong_type(reply) else _good(reply)
+        while left > 0:  # and not what others store meanwhile, or it might never end
+            names = yield from self._members(owner, 0)
+            if not names:
+                return
+            first = bytes.fromhex(owner)
+            keys = [
+                self._digest_name(_ENTRY, first + bytes.fromhex(name.decode()), True)
+                for name in names
+            ]
+            index = self._name("n", owner)
+            (reply,) = yield [(_UNLINK_OWNED, 1 + len(keys), index, *keys, *names)]
+            _good(reply)
+            left -= len(names)
 
     def _delete(self, kind: str, starts: Sequence[str] = ("",)) -> Steps[None]:
         """Delete our keys of this kind whose names begin so, in one walk; others are left alone."""
         start = starts[0] if len(starts) == 1 else ""
         pattern = f"{self._root}{kind}*:{{{start}*"
         ours = re.compile(
-            rf"{re.escape(self._root)}{kind}\d*:\{{({'|'.join(starts)})[0-9a-f]*\}}".encode()
+            rf"{re.escape(self._root)}{kind}\d*:\{{({'|'.join(starts)})[0-9a-f]*\}}"
+            r"([0-9a-f]{32})?".encode()
         )
         names: list[bytes]
         if self._source.cluster is not None:
@@ -475,7 +632,7 @@ class RedisCache(TokenCache):
         if listener is None:
             time.sleep(min(seconds, _POLL))
             return
-        channel = self._name("w", key_digest(key).hex()).encode()
+        channel = self._key_name("w", key).encode()
         with listener.watching(channel, asynchronous=False) as watcher:
             if watcher.ready.wait(min(seconds, _POLL)):
                 left = self._do(self._lease_left(key))
@@ -487,7 +644,7 @@ class RedisCache(TokenCache):
         if listener is None:
             await asyncio.sleep(min(seconds, _POLL))
             return
-        channel = self._name("w", key_digest(key).hex()).encode()
+        channel = self._key_name("w", key).encode()
         with listener.watching(channel, asynchronous=True) as watcher:
             if await _heard(watcher.ready, min(seconds, _POLL)):
                 left = await self._ado(self._lease_left(key))
@@ -524,7 +681,7 @@ class RedisCache(TokenCache):
     def _releasing(self, lease: Lease) -> Steps[None]:
         if self._closed:
             return
-        channel = self._name("w", key_digest(lease.key).hex())
+        channel = self._key_name("w", lease.key)
         (reply,) = yield [(_RELEASE, 1, self._lease_name(lease.key), lease.token, channel)]
         _good(reply)
 
@@ -537,13 +694,22 @@ class RedisCache(TokenCache):
         return max(0.0, (left + 1) / 1000)
 
     def _lease_name(self, key: FullKey) -> str:
-        return self._name("l", key_digest(key).hex())
+        return self._key_name("l", key)
 
     @property
     def _lease_ms(self) -> int:
         return math.ceil(self.lease_seconds * 1000)
 
     # -- commands ---------------------------------------------------------------------------------
+
+    def _key_name(self, kind: str, key: FullKey) -> str:
+        return self._digest_name(kind, key_digest(key), owned(key[0]))
+
+    def _digest_name(self, kind: str, digest: bytes, is_owned: bool) -> str:
+        if not is_owned:
+            return self._name(kind, digest.hex())
+        owner, rest = _halves(digest)
+        return self._name(kind, owner) + rest
 
     def _name(self, kind: str, rest: str) -> str:
         return f"{self._root}{kind}:{{{rest}}}"
@@ -665,6 +831,11 @@ async def _heard(event: asyncio.Event, seconds: float) -> bool:
     return True
 
 
+def _halves(digest: bytes) -> tuple[str, str]:
+    """Of a key's digest: what stands for its namespace, and for its name."""
+    return digest[:16].hex(), digest[16:].hex()
+
+
 def _in_a_loop() -> bool:
     try:
         asyncio.get_running_loop()
@@ -688,13 +859,17 @@ def _good(reply: Any) -> Any:
     return reply
 
 
+def _is_wrong_type(reply: Any) -> bool:
+    return isinstance(reply, Exception) and str(reply).startswith("WRONGTYPE")
+
+
 def _values(replies: Iterable[Any]) -> list[Any]:
     """What ``GET`` and ``MGET`` found; what is no string is nothing of ours."""
     values: list[Any] = []
     for reply in replies:
         if isinstance(reply, list):
             values += reply
-        elif isinstance(reply, Exception) and str(reply).startswith("WRONGTYPE"):
+        elif _is_wrong_type(reply):
             values.append(None)
         else:
             values.append(_good(reply))

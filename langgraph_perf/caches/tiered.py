@@ -26,6 +26,7 @@ from langgraph_perf.caches.base import (
     Lease,
     Lookup,
     namespace_tag,
+    owned,
     servable,
     timely,
 )
@@ -253,6 +254,22 @@ class TieredCache(Cache):
         if failure is not None:
             raise failure
 
+    def _copying(
+        self, source: Namespace, target: Namespace, deps: Mapping[str, tuple[str, str]]
+    ) -> Steps[int]:
+        if not (owned(source) and owned(target)):
+            return 0
+        if self.supports_tags and len(self._tiers) > 1:
+            own = namespace_tag(tuple(target))
+            tokens = yield from self._must(self._last, "tag_tokens", [own])
+            deps = {**deps, namespace_tag(tuple(source)): (own, tokens[0])}
+        copied: int = yield from self._must(self._last, "copy", source, target, deps)
+        if copied:
+            # the others take theirs from there; what they had is out of date
+            for tier in self._tiers[:-1]:
+                yield from self._try(tier, "clear", [target])
+        return copied
+
     def _try(self, tier: _Tier, operation: str, *args: Any) -> Steps[Any]:
         """Carry out a primitive; ``None`` when it fails, or is not even tried."""
         if tier.away:
@@ -357,6 +374,12 @@ class TieredCache(Cache):
         """
         _carry_out(self._clearing(namespaces))
 
+    def copy(
+        self, source: Namespace, target: Namespace, deps: Mapping[str, tuple[str, str]]
+    ) -> int:
+        """Copy what the last tier has in one owned namespace into another; see ``Cache``."""
+        return _carry_out(self._copying(source, target, deps))
+
     def stats(self) -> CacheStats:
         """A snapshot: ``bytes`` of all tiers, ``entries`` of the last one, and each one's own."""
         return self._snapshot([tier.cache.stats() for tier in self._tiers])
@@ -438,6 +461,12 @@ class TieredCache(Cache):
     async def aclear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Like ``clear``, without blocking the event loop."""
         await _acarry_out(self._clearing(namespaces))
+
+    async def acopy(
+        self, source: Namespace, target: Namespace, deps: Mapping[str, tuple[str, str]]
+    ) -> int:
+        """Like ``copy``, without blocking the event loop."""
+        return await _acarry_out(self._copying(source, target, deps))
 
     async def astats(self) -> CacheStats:
         """Like ``stats``, without blocking the event loop."""
