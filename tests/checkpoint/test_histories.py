@@ -1,0 +1,184 @@
+"""A cache goes unnoticed in random histories of random graphs.
+
+What a history is, and what is compared, is in ``histories``. The last tests show that what a cache
+should not do is noticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from langgraph.cache.memory import InMemoryCache
+from langgraph.checkpoint.memory import InMemorySaver
+
+from langgraph_perf import DiskCache, MemoryCache
+
+from .histories import Different, Driver, History, Kind, Twin, build, compare, histories
+
+numbers = itertools.count()
+Make = Callable[[], Any]
+
+
+@contextmanager
+def event_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    try:
+        yield loop
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+
+def check(history: History, driver: Driver, saver: Make, cache: Any, kind: Kind = "ours") -> Any:
+    """Compare a plain graph with one that has a cache; gives what happened, counted."""
+    # a database is used for many histories
+    prefix = f"{next(numbers)}-{os.getpid()}-"
+    spec, asynchronous = history.graph, driver.loop is not None
+    plain = build(spec, saver(), "plain", asynchronous=asynchronous)
+    cached = build(spec, saver(), kind, cache=cache, asynchronous=asynchronous)
+    happened = compare(
+        history,
+        Twin(spec, plain, driver, f"{prefix}plain"),
+        Twin(spec, cached, driver, f"{prefix}cached"),
+    )
+    if kind == "ours":
+        for node in cached.perf.stats().nodes.values():
+            happened.update(hits=node.hits, misses=node.misses)
+    return happened
+
+
+@contextmanager
+def savers(kind: str, driver: Driver, request: pytest.FixtureRequest) -> Iterator[Make]:
+    """Where the checkpointers of a test come from."""
+    directory: Path = request.getfixturevalue("tmp_path")
+    with ExitStack() as stack:
+        if kind == "memory":
+            yield InMemorySaver
+            return
+        manager: Any
+        if kind == "sqlite" and driver.loop is None:
+            from langgraph.checkpoint.sqlite import SqliteSaver
+
+            connection = sqlite3.connect(directory / "threads.db", check_same_thread=False)
+            saver: Any = SqliteSaver(stack.enter_context(closing(connection)))
+        elif kind == "sqlite":
+            from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+
+            manager = AsyncSqliteSaver.from_conn_string(str(directory / "threads.db"))
+            saver = _entered(stack, driver, manager)
+        elif driver.loop is None:
+            from langgraph.checkpoint.postgres import PostgresSaver
+
+            manager = PostgresSaver.from_conn_string(request.getfixturevalue("postgres"))
+            saver = stack.enter_context(manager)
+            saver.setup()
+        else:
+            from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
+
+            manager = AsyncPostgresSaver.from_conn_string(request.getfixturevalue("postgres"))
+            saver = _entered(stack, driver, manager)
+            driver.loop.run_until_complete(saver.setup())
+        yield lambda: saver
+
+
+def _entered(stack: ExitStack, driver: Driver, manager: Any) -> Any:
+    assert driver.loop is not None
+    run = driver.loop.run_until_complete
+    entered = run(manager.__aenter__())
+    stack.callback(lambda: run(manager.__aexit__(None, None, None)))
+    return entered
+
+
+@contextmanager
+def drivers(how: str) -> Iterator[Driver]:
+    if how == "sync":
+        yield Driver()
+        return
+    with event_loop() as loop:
+        yield Driver(loop)
+
+
+@pytest.mark.timeout(900)  # what fails is made small first
+@pytest.mark.parametrize(
+    ("how", "saver", "cache", "examples"),
+    [
+        # in parts, for several cores
+        pytest.param("sync", "memory", "memory", 250, id="sync-1"),
+        pytest.param("sync", "memory", "memory", 250, id="sync-2"),
+        pytest.param("async", "memory", "memory", 250, id="async-1"),
+        pytest.param("async", "memory", "memory", 250, id="async-2"),
+        pytest.param("sync", "memory", "disk", 20, id="sync-disk-cache"),
+        pytest.param("async", "memory", "disk", 20, id="async-disk-cache"),
+        pytest.param("sync", "sqlite", "memory", 20, id="sync-sqlite"),
+        pytest.param("async", "sqlite", "memory", 20, id="async-sqlite"),
+        pytest.param("sync", "postgres", "memory", 20, id="sync-postgres"),
+        pytest.param("async", "postgres", "memory", 20, id="async-postgres"),
+    ],
+)
+def test_a_cache_goes_unnoticed(
+    how: str, saver: str, cache: str, examples: int, request: pytest.FixtureRequest
+) -> None:
+    """The same results, errors, states and histories, with and without the cache."""
+    happened: Counter[str] = Counter()
+    tmp_path: Path = request.getfixturevalue("tmp_path")
+
+    with drivers(how) as driver, savers(saver, driver, request) as make:
+
+        @settings(
+            max_examples=examples,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(histories)
+        def unnoticed(history: History) -> None:
+            own = MemoryCache() if cache == "memory" else DiskCache(tmp_path / f"{next(numbers)}")
+            with closing(own):
+                happened.update(check(history, driver, make, own))
+
+        unnoticed()
+    wanted = ["hits", "misses", "run", "answer"]
+    if examples > 100:
+        wanted += ["asked", "answered", "failed", "fork", "update", "command", "delete", "clear"]
+    assert all(happened[what] for what in wanted), happened
+
+
+def noticed(kind: Kind, cache: Make) -> str:
+    """What is noticed of a cache that does what it should not."""
+
+    @settings(
+        max_examples=300,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(histories)
+    def unnoticed(history: History) -> None:
+        check(history, Driver(), InMemorySaver, cache(), kind)
+
+    with pytest.raises(Different) as caught:
+        unnoticed()
+    return str(caught.value)
+
+
+def test_a_key_that_leaves_out_what_the_node_reads_is_noticed() -> None:
+    """One field too few in a key, and a history shows another result."""
+    assert "without a cache" in noticed("unsound", MemoryCache)
+
+
+def test_the_cache_of_langgraph_is_noticed() -> None:
+    """LangGraph's own cache, which repeats a human's answer and an old route, is found out."""
+    assert "without a cache" in noticed("langgraph", InMemoryCache)
