@@ -14,12 +14,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from langgraph.cache.memory import InMemoryCache
 
 from langgraph_perf import DiskCache, MemoryCache, RedisCache, TieredCache
-from langgraph_perf.caches.base import Cache, Entry, Lookup, tag_id
+from langgraph_perf.caches.base import OWNED, Cache, Entry, Lookup, tag_id
 from langgraph_perf.caches.foreign import ForeignCache
 from langgraph_perf.testing import Clock
 from tests.redis_server import Server, new_prefix
 
-NAMESPACES = [(), ("a",), ("a", "b"), ("a,b",)]
+OWNERS = [(OWNED, "thread", "1"), (OWNED, "thread", "2"), (OWNED, "run", "1")]
+NAMESPACES = [(), ("a",), ("a", "b"), *OWNERS]
 keys = st.tuples(st.sampled_from(NAMESPACES), st.sampled_from(["", "x", "y"]))
 tags = st.sampled_from(["docs", "user"])
 
@@ -113,6 +114,28 @@ class Model(RuleBasedStateMachine):
         for namespace in namespaces or ():
             self.entries = {k: e for k, e in self.entries.items() if k[0] != namespace}
 
+    @rule(
+        source=st.sampled_from(OWNERS),
+        into=st.sampled_from(OWNERS),
+        replaced=st.none() | st.tuples(tags, tags),
+    )
+    def copy(self, source, into, replaced) -> None:
+        """What a thread that is forked does: its own tag gives way to the new thread's."""
+        deps = {}
+        if replaced is not None and replaced[1] in self.taken:
+            deps[tag_id(replaced[0])] = (tag_id(replaced[1]), self.taken[replaced[1]])
+        expected = {}
+        for (namespace, name), entry in self.entries.items():
+            if namespace == source and self._expected(Lookup((namespace, name))):
+                now = tuple(deps.get(dep[0], dep) for dep in entry.deps)
+                expected[into, name] = entry._replace(deps=now)
+        copied = self.cache.copy(source, into, deps)
+        if self.kind == "foreign":
+            assert copied == 0
+        else:
+            assert copied == len(expected)
+            self.entries |= expected
+
     @rule(asked=st.lists(st.tuples(keys, st.none() | st.integers(1, 10)), min_size=1, max_size=4))
     def get(self, asked) -> None:
         lookups = [Lookup(key, max_age=max_age) for key, max_age in asked]
@@ -141,6 +164,10 @@ class Model(RuleBasedStateMachine):
         if self.kind == "memory":
             queues = [*self.cache._small.values(), *self.cache._main.values()]
             assert self.cache._entry_bytes == sum(slot.size for slot in queues)
+            stored = [key for q in (self.cache._small, self.cache._main) for key in q]
+            indexed = [key for some in self.cache._owned.values() for key in some]
+            assert sorted(indexed) == sorted(key for key in stored if key[0] in OWNERS)
+            assert all(self.cache._owned.values())
 
 
 KINDS = ["memory", "disk", "memory, disk", "memory, memory", "foreign", "redis", "memory, redis"]
