@@ -247,13 +247,21 @@ def test_fork_keeps_entries(clock: Clock):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
-@pytest.mark.parametrize(("count", "size", "dependencies"), [(10_000, 10_240, 0), (60_000, 50, 1)])
-def test_process_stays_small(count, size, dependencies):
+@pytest.mark.parametrize(
+    ("count", "size", "dependencies", "namespace"),
+    [
+        (10_000, 10_240, 0, '"graph", f"node{i % 9}"'),
+        (60_000, 50, 1, '"graph", f"node{i % 9}"'),
+        (60_000, 50, 1, 'OWNED, "thread", str(i)'),
+        (60_000, 50, 1, 'OWNED, "thread", str(i // 5)'),
+    ],
+)
+def test_process_stays_small(count, size, dependencies, namespace):
     """The process grows by at most half more than ``max_bytes``, whatever the entries' size."""
     code = f"""
 import os, time
 from langgraph_perf.caches.memory import MemoryCache
-from langgraph_perf.caches.base import Entry
+from langgraph_perf.caches.base import OWNED, Entry
 
 def rss():
     with open("/proc/self/statm") as file:
@@ -262,7 +270,7 @@ def rss():
 def fill(cache, count):
     for i in range(count):
         deps = tuple((f"{{i}}-{{j}}" * 4, f"{{i:016}}") for j in range({dependencies}))
-        cache.write((("graph", f"node{{i % 9}}"), f"{{i:040}}"),
+        cache.write((({namespace}), f"{{i:040}}"),
                     Entry(os.urandom({size}), time.time(), time.time() + 1000, deps))
 
 fill(MemoryCache(100_000), 100)

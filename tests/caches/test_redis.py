@@ -33,7 +33,7 @@ from langgraph_perf import (
 from langgraph_perf.caches._redis_connect import Source
 from langgraph_perf.caches._redis_lines import Line, _Job
 from langgraph_perf.caches._redis_listener import Buffer, Report
-from langgraph_perf.caches.base import Entry, Lookup, tag_id
+from langgraph_perf.caches.base import OWNED, Entry, Lookup, tag_id
 from langgraph_perf.testing import KEY, entry
 from tests.redis_server import Proxy, Server, free_port, new_prefix
 
@@ -734,31 +734,32 @@ def test_the_listener_ends_with_its_cache(redis_server: Server, prefix: str) -> 
 # -- waiting for another's result -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("key", [KEY, ((OWNED, "thread", "1"), "key")])
 @pytest.mark.parametrize("how", ["write", "newer write", "release", "expire"])
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_who_waits_is_woken(
-    cache: RedisCache, redis_server: Server, prefix: str, how: str, mode: str
+    cache: RedisCache, redis_server: Server, prefix: str, how: str, mode: str, key: Any
 ) -> None:
     """A pause ends when the lease is given back, with or without a result, and not much later."""
     cache.lease_seconds = 0.3 if how == "expire" else 30
-    lease = cache.acquire(KEY)
+    lease = cache.acquire(key)
     assert lease is not None
     with RedisCache(redis_server.url, prefix=prefix) as other, ThreadPoolExecutor(1) as pool:
 
         def wait() -> float:
             if mode == "sync":
-                other.pause(KEY, 20.0)
+                other.pause(key, 20.0)
             else:
-                asyncio.run(other.apause(KEY, 20.0))
+                asyncio.run(other.apause(key, 20.0))
             return time.monotonic()
 
         waiting = pool.submit(wait)
         subscribed(redis_server, prefix)
         started = time.monotonic()
         if how == "write":
-            cache.write(KEY, entry(), lease)
+            cache.write(key, entry(), lease)
         elif how == "newer write":
-            cache.write(KEY, entry())
+            cache.write(key, entry())
         elif how == "release":
             cache.release(lease)
         assert waiting.result(10) - started < 1.0
