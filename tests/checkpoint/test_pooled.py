@@ -10,7 +10,7 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import Annotated, Any
@@ -76,6 +76,26 @@ def apostgres_pool(
         return kind(await psycopg.AsyncConnection.connect(dsn, **SETTINGS))
 
     return Pool(create, **{"max_size": AT_ONCE, "close": aclose, **options})
+
+
+def pipelined_pool(dsn: str, **options: Any) -> Pool[Any]:
+    """Savers that keep their connections in pipeline mode, as those on a pool cannot."""
+    with PostgresSaver.from_conn_string(dsn) as saver:
+        saver.setup()  # which makes an index in a way that cannot be pipelined
+    opened: dict[AsyncPostgresSaver, AsyncExitStack] = {}
+
+    async def create() -> AsyncPostgresSaver:
+        stack = AsyncExitStack()
+        saver = await stack.enter_async_context(
+            AsyncPostgresSaver.from_conn_string(dsn, pipeline=True)
+        )
+        opened[saver] = stack
+        return saver
+
+    async def close(saver: AsyncPostgresSaver) -> None:
+        await opened.pop(saver).aclose()
+
+    return Pool(create, **{"max_size": AT_ONCE, "close": close, **options})
 
 
 def sqlite_pool(path: Path) -> Pool[Any]:
@@ -185,13 +205,16 @@ def test_threads_of_sync_graphs_on_a_few_connections(
         assert 1 <= resource.stats().loads <= AT_ONCE
 
 
-@pytest.mark.parametrize("database", ["postgres", "sqlite", "sync postgres", "sync sqlite"])
+@pytest.mark.parametrize(
+    "database", ["postgres", "pipelined postgres", "sqlite", "sync postgres", "sync sqlite"]
+)
 async def test_threads_of_async_graphs_on_a_few_connections(
     database: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """The same with async savers, and with sync ones off the event loop."""
     resource = {
         "postgres": lambda: apostgres_pool(request.getfixturevalue("dsn")),
+        "pipelined postgres": lambda: pipelined_pool(request.getfixturevalue("dsn")),
         "sync postgres": lambda: postgres_pool(request.getfixturevalue("dsn")),
         "sqlite": lambda: asqlite_pool(tmp_path / "file.db"),
         "sync sqlite": lambda: sqlite_pool(tmp_path / "file.db"),
@@ -277,9 +300,10 @@ def test_goes_on_after_all_connections_were_dropped(dsn: str) -> None:
         assert invoke(compiled, 1) == ["i1", "a", "b", "c"] * 2
 
 
-async def test_goes_on_after_all_connections_were_dropped_async(dsn: str) -> None:
+@pytest.mark.parametrize("make", [apostgres_pool, pipelined_pool])
+async def test_goes_on_after_all_connections_were_dropped_async(make: Any, dsn: str) -> None:
     """Async: none of the idle connections is left, and nobody notices."""
-    resource = apostgres_pool(dsn)
+    resource = make(dsn)
     async with apooled(resource) as checkpointer:
         compiled = graph(checkpointer)
         await asyncio.gather(*(ainvoke(compiled, n) for n in range(THREADS)))
@@ -456,10 +480,10 @@ def test_a_listing_begins_again_only_before_its_first_item(after: int) -> None:
 # -- cancellations ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["async", "sync"])
-async def test_a_storm_of_cancellations_loses_no_lease(kind: str, dsn: str) -> None:
+@pytest.mark.parametrize("make", [apostgres_pool, pipelined_pool, postgres_pool])
+async def test_a_storm_of_cancellations_loses_no_lease(make: Any, dsn: str) -> None:
     """Wherever operations are cancelled, all savers come back or are replaced."""
-    resource = (apostgres_pool if kind == "async" else postgres_pool)(dsn, max_size=4)
+    resource = make(dsn, max_size=4)
     rng = random.Random(7)
     async with apooled(resource) as checkpointer:
 
@@ -662,31 +686,31 @@ async def conformance(name: str, open_saver: Callable[[], Any]) -> dict[str, Any
     return (await validate(factory)).to_dict()["results"]
 
 
-@pytest.mark.parametrize("database", ["postgres", "sqlite"])
+@pytest.mark.parametrize("database", ["postgres", "pipelined postgres", "sqlite"])
 async def test_conforms_as_the_bare_saver_does(
     database: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """LangGraph's conformance tests: the same results, test for test."""
 
+    def new_file() -> Path:
+        return tmp_path / f"{token_hex(4)}.db"
+
     @asynccontextmanager
-    async def bare_postgres() -> AsyncIterator[Any]:
-        async with AsyncPostgresSaver.from_conn_string(request.getfixturevalue("dsn")) as saver:
+    async def bare() -> AsyncIterator[Any]:
+        if database == "sqlite":
+            opened = AsyncSqliteSaver.from_conn_string(str(new_file()))
+        else:
+            opened = AsyncPostgresSaver.from_conn_string(request.getfixturevalue("dsn"))
+        async with opened as saver:
             await saver.setup()
             yield saver
 
-    def bare_sqlite() -> Any:
-        return AsyncSqliteSaver.from_conn_string(str(tmp_path / f"{token_hex(4)}.db"))
+    def ours() -> Any:
+        if database == "sqlite":
+            return apooled(asqlite_pool(new_file()))
+        make = apostgres_pool if database == "postgres" else pipelined_pool
+        return apooled(make(request.getfixturevalue("dsn")), saver=AsyncPostgresSaver)
 
-    def pooled_postgres() -> Any:
-        return apooled(apostgres_pool(request.getfixturevalue("dsn")), saver=AsyncPostgresSaver)
-
-    def pooled_sqlite() -> Any:
-        return apooled(asqlite_pool(tmp_path / f"{token_hex(4)}.db"))
-
-    if database == "postgres":
-        bare, ours = bare_postgres, pooled_postgres
-    else:
-        bare, ours = bare_sqlite, pooled_sqlite
     expected = await conformance("bare", bare)
     assert expected["put"]["passed"]
     assert await conformance("pooled", ours) == expected
