@@ -40,8 +40,6 @@ _COMPLETE = 1
 _MOST_IDLE = 4
 _CACHE_KIB = 8192
 """Pages a connection keeps in memory: reading 32 KB values takes a quarter less than with 2 MB."""
-_LOG_PATIENCE = 0.1
-"""Seconds that readers are waited for when the log is to be emptied."""
 _LOOK_EVERY = 0.001
 _SQLITE_CORRUPT, _SQLITE_NOTADB = 11, 26
 _DAMAGE = re.compile(r"malformed|not a database|no such (table|column)")
@@ -143,14 +141,26 @@ class Database:
         finally:
             writing.release()
 
-    def empty_log(self) -> None:
+    def empty_log(self, patience: float) -> bool:
         """Move what is in the write-ahead log to its place and cut the log, so that nothing of
-        what was deleted or overwritten is left in it; when somebody reads, it stays as it is."""
-        # not damage to be seen to: whatever it is, the next transaction meets it too
-        with contextlib.suppress(sqlite3.Error, OSError), self.connection() as con:
-            _wait_at_most(con, min(self._timeout, _LOG_PATIENCE))
-            con.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            _wait_at_most(con, self._timeout)
+        what was deleted or overwritten is left in it.
+
+        ``False`` when somebody was reading or writing for ``patience`` seconds, or it failed: then
+        the log stays as it is.
+        """
+        writing = self._writing
+        if not writing.acquire(timeout=patience):
+            return False
+        try:
+            with self.connection() as con:
+                _wait_at_most(con, min(self._timeout, patience))
+                (busy, *_) = con.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                _wait_at_most(con, self._timeout)
+            return not busy
+        except (sqlite3.Error, OSError):
+            return False
+        finally:
+            writing.release()
 
     def close(self) -> None:
         """Close what is open; connections still lent out close when they come back."""

@@ -70,10 +70,11 @@ _UNBOUND = (None, ())
 _SELECT = f"SELECT tag, value, key {_OURS}"
 _IN_RANGE = "raw = 1 AND key BETWEEN ? AND ?"
 _SELECT_KEYS = f"SELECT key FROM Cache WHERE {_IN_RANGE}"
-# `+`: or it might walk over the rows by their numbers
 _DELETE = f"""
     DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache
-    WHERE %s AND +rowid <= ? LIMIT {_BATCH})"""
+    WHERE %s AND rowid <= ? LIMIT {_BATCH})"""
+_PATIENCE = 0.1
+"""Seconds that readers are waited for when the log is to be emptied."""
 _COPIES = 32
 """Most entries one transaction copies: they are in memory together."""
 _TAKE = """
@@ -127,6 +128,7 @@ class DiskCache(TokenCache):
         self._writes_to_sweep = 0
         self._next_sweep = 0.0
         self._lost = False
+        self._log_is_due = False
         self._db = Database(self.directory, size_limit, log, self.timeout)
         self._finalizer = weakref.finalize(self, self._db.close)
         # when it cannot be done now, the next write does it
@@ -212,6 +214,8 @@ class DiskCache(TokenCache):
             if lease is not None and not _holds(con, name, lease, now):
                 return False
             stored = self._store(con, now, name, entry.expires, head, body)
+        if self._log_is_due:
+            self._log_is_due = not self._db.empty_log(0.0)
         return self._counted([stored]) == 1
 
     def _store(
@@ -316,10 +320,10 @@ class DiskCache(TokenCache):
 
         Their values, and those they once had, are overwritten in the files and gone from the
         write-ahead log, with two exceptions. While somebody reads, the log is left as it is, until
-        the next ``clear`` or until it starts over. And SQLite, where it once moved a row from one
-        page to another, may have left a copy of what was in the page (a value, if it is shorter
-        than a page, or a part of one) that stays until the page is filled again: where that
-        matters, encrypt with a ``serde``.
+        a later ``clear`` or write of this object, or until it starts over. And SQLite, where it
+        once moved a row from one page to another, may have left a copy of what was in the page (a
+        value, if it is shorter than a page, or a part of one) that stays until the page is filled
+        again: where that matters, encrypt with a ``serde``.
         """
         self._must_not_be_lost()
         if self._closed:
@@ -333,7 +337,7 @@ class DiskCache(TokenCache):
                 con.execute("DELETE FROM Tags WHERE id = ?", (namespace_tag(tuple(namespace)),))
             self._delete(_IN_RANGE, _range(tuple(namespace)))
         if namespaces is None or namespaces:
-            self._db.empty_log()
+            self._log_is_due = not self._db.empty_log(_PATIENCE)
 
     def _delete(self, condition: str, values: tuple[bytes, ...]) -> None:
         with self._db.connection() as con:
