@@ -49,18 +49,23 @@ class PooledCheckpointer(BaseCheckpointSaver[Any]):
     ``AsyncPostgresSaver`` and the others do one thing at a time, however many connections they
     have. Here as many operations run at once as the resource has savers::
 
+        opened: dict[AsyncPostgresSaver, AsyncExitStack] = {}
+
         async def open_saver() -> AsyncPostgresSaver:
-            return AsyncPostgresSaver(
-                await AsyncConnection.connect(
-                    dsn, autocommit=True, prepare_threshold=0, row_factory=dict_row
-                )
+            stack = AsyncExitStack()
+            saver = await stack.enter_async_context(
+                AsyncPostgresSaver.from_conn_string(dsn, pipeline=True)
             )
+            opened[saver] = stack
+            return saver
 
         async def close_saver(saver: AsyncPostgresSaver) -> None:
-            await saver.conn.close()
+            await opened.pop(saver).aclose()
 
         checkpointer = PooledCheckpointer(Pool(open_saver, max_size=8, close=close_saver))
-        await checkpointer.asetup()
+
+    A connection that belongs to one saver can be pipelined, which makes it faster; the tables must
+    then be there already, or be made by a saver without ``pipeline=True``.
 
     Savers that need an event loop (all whose name begins with ``Async``) must be made by an
     ``async def``; they serve ``ainvoke`` and the other async methods only. Sync savers serve sync
@@ -289,11 +294,11 @@ class _Operation:
         self._job: Future[Any] | None = None
 
     def __enter__(self) -> Saver:
-        owner, resource = self._checkpointer.owner, self._checkpointer._resource
+        resource = self._checkpointer._resource
         if resource.needs_loop:
             raise ConfigurationError(
-                f"{owner}: its savers are made on an event loop and cannot serve sync callers; use "
-                "'ainvoke', 'astream', 'aget_state' and so on, or a resource of sync savers"
+                f"{self._checkpointer.owner}: its savers are made on an event loop and cannot "
+                "serve sync callers; use 'ainvoke', 'astream', 'aget_state' and so on, or a resource of sync savers"
             )
         lease: Any = resource.lease()
         try:
