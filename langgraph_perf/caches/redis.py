@@ -70,6 +70,8 @@ _ENTRY = f"e{MAGIC[-1]}"
 _TOKEN_SECONDS = 30 * 86400
 _AT_ONCE = 64
 """Most keys of one ``MGET``: what is worked off in one go, which an event loop must stand."""
+_COPIES = 16
+"""Entries copied at a time: they go both ways, and each way in one batch that has a deadline."""
 _SCAN = 1000
 _MEMBER = re.compile(rb"[0-9a-f]{32}")
 _TOKEN_LENGTH = 16
@@ -412,8 +414,8 @@ class RedisCache(TokenCache):
             names += more
             if not more:
                 break
-        for at in range(0, len(names), _AT_ONCE):
-            rests = [bytes.fromhex(name.decode()) for name in names[at : at + _AT_ONCE]]
+        for at in range(0, len(names), _COPIES):
+            rests = [bytes.fromhex(name.decode()) for name in names[at : at + _COPIES]]
             blobs = yield from self._get(
                 [self._digest_name(_ENTRY, first + rest, True) for rest in rests]
                 + [self._name("t", own)]
@@ -465,12 +467,12 @@ class RedisCache(TokenCache):
 
     def _unlink_owned(self, owner: str) -> Steps[None]:
         """Delete what the index of an owned namespace names."""
-        (reply,) = yield [("ZCARD", self._name("n", owner))]
-        left = 0 if _is_wrong_type(reply) else _good(reply)
-        while left > 0:  # and not what others store meanwhile, or it might never end
+        more = True
+        while more:
             names = yield from self._members(owner, 0)
             if not names:
                 return
+            more = len(names) == _SCAN
             first = bytes.fromhex(owner)
             keys = [
                 self._digest_name(_ENTRY, first + bytes.fromhex(name.decode()), True)
@@ -479,7 +481,6 @@ class RedisCache(TokenCache):
             index = self._name("n", owner)
             (reply,) = yield [(_UNLINK_OWNED, 1 + len(keys), index, *keys, *names)]
             _good(reply)
-            left -= len(names)
 
     def _delete(self, kind: str, starts: Sequence[str] = ("",)) -> Steps[None]:
         """Delete our keys of this kind whose names begin so, in one walk; others are left alone."""
