@@ -309,6 +309,8 @@ class DiskCache(TokenCache):
                 if entry is not None:
                     name = first + row[2][len(first) :]
                     sealed.append((name, entry.expires, *seal(name, entry, self.value_serde)))
+            if not sealed:
+                continue
             now = self.clock()
             with self._db.transaction() as con:
                 stored = [self._store(con, now, *one) for one in sealed]
@@ -332,9 +334,11 @@ class DiskCache(TokenCache):
             with self._db.transaction(durable=True) as con:
                 con.execute("DELETE FROM Tags")
             self._delete("1", ())
-        for namespace in namespaces or ():
+        elif namespaces:
+            tags = [(namespace_tag(tuple(namespace)),) for namespace in namespaces]
             with self._db.transaction(durable=True) as con:
-                con.execute("DELETE FROM Tags WHERE id = ?", (namespace_tag(tuple(namespace)),))
+                con.executemany("DELETE FROM Tags WHERE id = ?", tags)
+        for namespace in namespaces or ():
             self._delete(_IN_RANGE, _range(tuple(namespace)))
         if namespaces is None or namespaces:
             self._log_is_due = not self._db.empty_log(_PATIENCE)
