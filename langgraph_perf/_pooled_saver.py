@@ -77,9 +77,12 @@ class PooledCheckpointer(BaseCheckpointSaver[Any]):
     When a connection was dropped (its error is a ``ConnectionError`` or says so with its SQLSTATE,
     or ``saver.conn.closed`` is true afterwards), its saver is thrown away and the operation is
     done again, until one fails on a saver that was made since. All may be done twice but
-    ``copy_thread``, whose error is raised; so is the error of a listing that has begun. For other
-    signs of a dead connection give the resource a ``check``. What is cancelled while it uses an
-    async saver closes that one; a sync saver finishes what it does before it is leased again.
+    ``copy_thread``, whose error is raised; so is the error of a listing that has begun. While the
+    server is away, the error of making a saver is raised. For other signs of a dead connection give
+    the resource a ``check``.
+
+    What is cancelled while it uses an async saver closes that one; a sync saver finishes what it
+    does before it is leased again.
 
     Args:
         resource: a ``Pool`` or ``FromContext`` whose objects are savers; closed by ``close``.
@@ -298,7 +301,8 @@ class _Operation:
         if resource.needs_loop:
             raise ConfigurationError(
                 f"{self._checkpointer.owner}: its savers are made on an event loop and cannot "
-                "serve sync callers; use 'ainvoke', 'astream', 'aget_state' and so on, or a resource of sync savers"
+                "serve sync callers; use 'ainvoke', 'astream', 'aget_state' and so on, "
+                "or a resource of sync savers"
             )
         lease: Any = resource.lease()
         try:
@@ -383,9 +387,10 @@ class _Operation:
     def _judge(self, exc: BaseException) -> bool:
         """Whether to try again after ``exc``; sees whether the saver can still be used."""
         lost = isinstance(exc, Exception) and _dropped(self._saver, exc)
-        # what was interrupted may have left anything on its connection; a listing that is closed
-        # early was not interrupted
-        self.unfit |= lost or not isinstance(exc, Exception | GeneratorExit)
+        # What was interrupted may have left anything on its connection. Neither a listing that is
+        # closed early was, nor what a thread did for a caller who was cancelled.
+        interrupted = not isinstance(exc, Exception | GeneratorExit) and self._job is None
+        self.unfit |= lost or interrupted
         first, self._again = not self._again, True
         again = lost and self.repeatable and (first or not self._fresh)
         if lost:

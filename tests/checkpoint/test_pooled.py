@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import operator
+import os
 import random
+import signal
 import sqlite3
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +37,11 @@ from typing_extensions import TypedDict
 from langgraph_perf import ConfigurationError, FromContext, Keyed, Pool, PoolClosed, Shared
 from langgraph_perf._pooled_saver import OPERATIONS, PooledCheckpointer
 
-from ..resources.helpers import auntil, check_at_rest
+from ..resources.helpers import auntil, check_at_rest, until
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # examples are not installed
+
+from examples.knowledge_base.databases import private_postgres
 
 SETTINGS: Any = {"autocommit": True, "prepare_threshold": 0, "row_factory": dict_row}
 THREADS = 32
@@ -311,6 +318,32 @@ async def test_goes_on_after_all_connections_were_dropped_async(make: Any, dsn: 
         assert await asyncio.to_thread(drop_connections, dsn) == resource.stats().size
         logs = await asyncio.gather(*(ainvoke(compiled, n) for n in range(THREADS)))
         assert logs == [[f"i{n}", "a", "b", "c"] * 2 for n in range(THREADS)]
+
+
+def test_goes_on_after_the_server_was_restarted() -> None:
+    """A server process that dies takes all connections with it; the server recovers."""
+    with private_postgres() as dsn, pooled(postgres_pool(dsn)) as checkpointer:
+        compiled = graph(checkpointer)
+        with ThreadPoolExecutor(AT_ONCE) as workers:
+            list(workers.map(functools.partial(invoke, compiled), range(AT_ONCE)))
+        connection = psycopg.connect(dsn)
+        os.kill(connection.info.backend_pid, signal.SIGKILL)
+        with pytest.raises(psycopg.OperationalError):
+            connection.execute("SELECT 1")
+        connection.close()
+        until(functools.partial(answers, dsn))
+        with ThreadPoolExecutor(AT_ONCE) as workers:
+            logs = list(workers.map(functools.partial(invoke, compiled), range(AT_ONCE)))
+        assert logs == [[f"i{n}", "a", "b", "c"] * 2 for n in range(AT_ONCE)]
+
+
+def answers(dsn: str) -> bool:
+    """Whether a server can be reached."""
+    try:
+        psycopg.connect(dsn).close()
+    except psycopg.OperationalError:
+        return False
+    return True
 
 
 def test_a_connection_dropped_in_the_middle_of_a_put(dsn: str) -> None:
