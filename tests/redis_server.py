@@ -191,6 +191,7 @@ class Proxy:
         url: where a cache connects to.
         delay: seconds every piece of an answer takes.
         deaf: swallow everything.
+        keeps: what the server closes stays open on this side, as when its last packets are lost.
         cut_after: let so many bytes of an answer through, then reset the connection.
         connections: how many were made.
     """
@@ -201,6 +202,7 @@ class Proxy:
         self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
         self.delay = 0.0
         self.deaf = False
+        self.keeps = False
         self.cut_after: int | None = None
         self.connections = 0
         self._open: list[socket.socket] = []
@@ -233,6 +235,8 @@ class Proxy:
                     target.sendall(data[: self.cut_after])
                     break
                 target.sendall(data)
+        if answer and self.keeps:
+            return
         self._reset(source)
         self._reset(target)
 

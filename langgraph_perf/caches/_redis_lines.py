@@ -7,7 +7,9 @@ threads or tasks costs about one round trip each way, and nobody waits for a bat
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from hashlib import sha1
@@ -69,6 +71,7 @@ class Line:
 
     Attributes:
         trips: how many batches it sent.
+        connected: when its connection was made (``time.monotonic``).
     """
 
     def __init__(self, connect: Callable[[], Any], patience: float) -> None:
@@ -79,6 +82,7 @@ class Line:
         self._busy = False
         self._connection: Any = None
         self.trips = 0
+        self.connected = -math.inf
 
     def execute(self, commands: Commands) -> list[Any]:
         """One reply for each command.
@@ -171,7 +175,7 @@ class Line:
         connection = self._connect()
         try:
             connection.connect()
-            self._connection = connection
+            self._connection, self.connected = connection, time.monotonic()
             return self._send(connection, commands)
         except exceptions.TimeoutError as exc:
             raise TimeoutError(str(exc)) from exc
@@ -209,6 +213,7 @@ class ClusterLine:
     def __init__(self, client: Any) -> None:
         self._client = client
         self.trips = 0
+        self.connected = -math.inf
 
     def execute(self, commands: Commands) -> list[Any]:
         """One reply for each command; see ``Line.execute``."""
@@ -255,6 +260,7 @@ class AsyncLine:
         self._connection: Any = None
         self._life: AsyncGenerator[None, None] | None = None
         self.trips = 0
+        self.connected = -math.inf
 
     async def execute(self, commands: Commands) -> list[Any]:
         """One reply for each command; see ``Line.execute``."""
@@ -304,7 +310,7 @@ class AsyncLine:
         connection = self._connect()
         try:
             await connection.connect()
-            self._connection = connection
+            self._connection, self.connected = connection, time.monotonic()
             if self._life is None:
                 self._life = self._until_the_loop_ends()
                 await self._life.__anext__()

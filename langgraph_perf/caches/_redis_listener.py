@@ -28,6 +28,19 @@ _IDLE_AFTER = 1.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
 _PAUSE_WHEN_REFUSED = 60.0
 _MOST_PINGS = 8
+PRESENT_SECONDS = 2.0
+"""How long the server remembers a view: what a view was promised outlives its connection."""
+
+# KEYS: the views. ARGV: this one, milliseconds. What fails is answered like what did not happen.
+_PRESENT = b"""
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.pcall('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now))
+local ends = string.format('%.0f', now + ARGV[2])
+if type(redis.pcall('ZADD', KEYS[1], ends, ARGV[1])) == 'table' then return 0 end
+redis.pcall('PEXPIRE', KEYS[1], ARGV[2])
+return 1
+"""
 
 
 class Watcher:
@@ -61,19 +74,27 @@ class Listener:
         tags: what the keys of tag tokens look like: what stands before and after the tag id.
         presence: a channel to which it subscribes for as long as it keeps a view, so that others
             can count the views (``PUBSUB NUMSUB``).
+        views: the key of a sorted set in which it is for as long as its view may hold, also when
+            the server has dropped its connection and it has not noticed.
         timeout: seconds within which the server must answer.
     """
 
     def __init__(
-        self, connect: Callable[[], Any], tags: tuple[bytes, bytes], presence: bytes, timeout: float
+        self,
+        connect: Callable[[], Any],
+        tags: tuple[bytes, bytes],
+        presence: bytes,
+        views: bytes,
+        timeout: float,
     ) -> None:
         self._connect = connect
         self._tags = tags
         self._presence = presence
+        self._views = views
         self._timeout = timeout
         self.view = TagView(self._wanted)
         self.own = b"%s:%s" % (presence, new_token().encode())
-        """A channel that nobody else subscribes to, so that others can leave this view out."""
+        """This view: a member of ``views``, and a channel that nobody else subscribes to."""
         self._view_wanted = False
         self._lock = threading.Lock()
         self._watchers: dict[bytes, list[Watcher]] = {}
@@ -85,9 +106,12 @@ class Listener:
         self._bell.setblocking(False)
         self._resting = True
         # of one connection
-        self._expected: deque[Callable[[], None]] = deque()
+        self._expected: deque[Callable[[Any], None]] = deque()
         self._pings: deque[float] = deque()
         self._next_ping = 0.0
+        self._next_presence = 0.0
+        self._presences: deque[float] = deque()
+        self._present_until = 0.0
         self._keeps_view = False
 
     # -- for callers ------------------------------------------------------------------------------
@@ -184,6 +208,8 @@ class Listener:
         self._resting = True
         self._expected.clear()
         self._pings.clear()
+        self._presences.clear()
+        self._next_presence = self._present_until = 0.0
         with self._lock:
             for watchers in self._watchers.values():
                 for watcher in watchers:
@@ -201,6 +227,8 @@ class Listener:
                 selector.register(self._alarm, selectors.EVENT_READ)
                 self._greet(sock)
                 self._hear(sock, selector)
+                self.view.lost()
+                self._send(sock, (b"ZREM", self._views, self.own), _nothing)
         finally:
             connection.disconnect()
 
@@ -248,25 +276,38 @@ class Listener:
         self._resting = False
         if now >= self._next_ping:
             self._next_ping = now + (self._timeout if idle else _PING_EVERY)
+            if self._keeps_view and not idle and now >= self._next_presence:
+                self._next_presence = now + PRESENT_SECONDS / 4
+                self._presences.append(now)
+                milliseconds = b"%d" % (PRESENT_SECONDS * 1000)
+                command = (b"EVAL", _PRESENT, b"1", self._views, self.own, milliseconds)
+                self._send(sock, command, self._present)
             if len(self._pings) < _MOST_PINGS:
                 self._pings.append(now)
                 self._send(sock, (b"PING",), self._answered)
         return max(0.0, min(self._next_ping - now, self._timeout))
 
-    def _view_begins(self) -> None:
+    def _view_begins(self, _: Any) -> None:
         self.view.flush()  # what was learnt before may have changed unreported
         self._keeps_view = True
+        self._next_ping = 0.0
 
-    def _answered(self) -> None:
+    def _present(self, reply: Any) -> None:
+        asked = self._presences.popleft()
+        if reply == b"1":
+            self._present_until = asked + PRESENT_SECONDS
+
+    def _answered(self, _: Any) -> None:
         asked = self._pings.popleft()
-        if self._keeps_view:
+        # not longer than invalidations reckon with it
+        if self._keeps_view and asked + VIEW_SECONDS <= self._present_until:
             self.view.confirm(asked)
 
     def _send(
         self,
         sock: socket.socket,
         command: tuple[bytes, ...],
-        answered: Callable[[], None] | None,
+        answered: Callable[[Any], None] | None,
     ) -> None:
         # (un)subscribing is answered by a report, everything else by a reply
         if answered is not None:
@@ -286,7 +327,7 @@ class Listener:
                 if isinstance(message, Report):
                     self._reported(message)
                 elif self._expected:
-                    self._expected.popleft()()
+                    self._expected.popleft()(message)
             # what a TLS layer has decrypted already, no selector would tell
             if not getattr(sock, "pending", int)():
                 return
@@ -313,7 +354,7 @@ class Listener:
                         watcher.set(watcher.told)
 
 
-def _nothing() -> None:
+def _nothing(_: Any) -> None:
     pass
 
 

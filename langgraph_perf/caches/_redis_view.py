@@ -4,7 +4,8 @@ A token that was read is remembered until the server reports (``CLIENT TRACKING`
 Reports arrive a moment late, or never where the network fails, so the view is a lease in the sense
 of Gray and Cheriton ("Leases: an efficient fault-tolerant mechanism for distributed file cache
 consistency", SOSP 1989): it holds for ``VIEW_SECONDS`` from the sending of a ping whose answer came
-after every report that was due before it. An invalidation that lets as much time pass before it
+after every report that was due before it, and the server remembers for longer than that that there
+is a view (``_redis_listener``). An invalidation that lets as much time pass before it
 returns is therefore seen by every lookup that starts later, in every process.
 """
 

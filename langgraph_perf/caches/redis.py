@@ -9,6 +9,8 @@ lease share a slot, and all that belongs to one ``owned`` namespace does; nothin
 ``lgp:1:t:{tag id}``   a tag's token; expires when nobody has asked for it in a month
 ``lgp:1:w:{digest}``   a channel: something happened to the entry's lease
 ``lgp:1:views``        a channel to which those subscribe that know tag tokens without asking
+``lgp:1:viewers``      the same as a sorted set, by the unix millisecond until which they may: it
+                       outlives their connections; expires with the last of them
 ``lgp:1:n:{owner}``    the index of an owned namespace: a sorted set of the second halves of its
                        entries' digests, by the unix millisecond from which on each is gone (up to
                        a second late, ``inf`` for never); expires with the last of them
@@ -206,6 +208,7 @@ class RedisCache(TokenCache):
         self._source = Source(url_or_client, self.timeout, self.connect_timeout)
         self._root = f"{prefix}:1:"
         self._presence = f"{self._root}views".encode()
+        self._viewers = f"{self._root}viewers".encode()
         self._counting = threading.Lock()
         self._connect()
 
@@ -271,9 +274,7 @@ class RedisCache(TokenCache):
 
     def clear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Delete what is in exactly these namespaces; ``None`` deletes everything."""
-        wait = self._do(self._clearing(namespaces))
-        if wait:
-            time.sleep(wait)
+        self._settle(self._do(self._clearing(namespaces)))
 
     async def aread(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
         """Like ``read``, without blocking the event loop."""
@@ -301,7 +302,7 @@ class RedisCache(TokenCache):
 
     async def aclear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Like ``clear``, without blocking the event loop."""
-        await asyncio.sleep(await self._ado(self._clearing(namespaces)))
+        await self._asettle(await self._ado(self._clearing(namespaces)))
 
     def _reading(self, lookups: Sequence[Lookup]) -> Steps[list[Entry | None]]:
         if self._closed or not lookups:
@@ -454,7 +455,7 @@ class RedisCache(TokenCache):
             replies = yield self._views
             yield from self._delete("e")
             yield from self._delete("n")
-            return _unnoticed(replies)
+            return self._unnoticed(replies)
         tags = {namespace_tag(tuple(namespace)): owned(namespace) for namespace in namespaces}
         wait = yield from self._dropping(list(tags))
         for owner in [tag for tag, is_owned in tags.items() if is_owned]:
@@ -523,8 +524,7 @@ class RedisCache(TokenCache):
         """Forget the tokens of these tag ids; returns when every process does without them."""
         wait = self._do(self._dropping(tags))
         self._tally.add(invalidations=len(tags))
-        if wait:
-            time.sleep(wait)
+        self._settle(wait)
 
     async def apeek_tags(self, tags: Collection[str]) -> Mapping[str, str]:
         """Like ``peek_tags``, without blocking the event loop."""
@@ -538,7 +538,7 @@ class RedisCache(TokenCache):
         """Like ``drop_tags``, without blocking the event loop."""
         wait = await self._ado(self._dropping(tags))
         self._tally.add(invalidations=len(tags))
-        await asyncio.sleep(wait)
+        await self._asettle(wait)
 
     def knows(self, deps: Sequence[tuple[str, str]]) -> bool:
         """Whether these tokens are known, without asking the server, to be current."""
@@ -603,15 +603,56 @@ class RedisCache(TokenCache):
                 self._listener.view.forget(tags)
         for reply in replies[: len(drops)]:
             _good(reply)
-        return _unnoticed(replies[len(drops) :])
+        return self._unnoticed(replies[len(drops) :])
+
+    @property
+    def _own_view(self) -> bytes:
+        return self._listener.own if self._listener is not None else b"-"
 
     @property
     def _views(self) -> list[Command]:
-        """Asks how many listeners keep a view, this cache's own counted apart."""
+        """Asks who keeps a view, this cache's own apart: by connections, and by what the server
+        remembers of those whose connection it dropped."""
         if self._source.cluster is not None:
             return []  # none do
-        own = self._listener.own if self._listener is not None else b"-"
-        return [("PUBSUB", "NUMSUB", self._presence, own)]
+        return [
+            ("PUBSUB", "NUMSUB", self._presence, self._own_view),
+            ("ZRANGE", self._viewers, 0, 1),
+        ]
+
+    def _unnoticed(self, replies: Sequence[Any]) -> float:
+        """Seconds until nobody else relies on what is gone, by the answers to ``_views``."""
+        if not replies:
+            return 0.0
+        connected, remembered = replies
+        if isinstance(connected, Exception) or isinstance(remembered, Exception):
+            return VIEW_SECONDS  # not allowed to ask: there may be some
+        # names and numbers in turn, or in RESP3 maybe a mapping
+        views, mine = connected.values() if isinstance(connected, dict) else connected[1::2]
+        if views > mine or any(view != self._own_view for view in remembered):
+            return VIEW_SECONDS
+        return 0.0
+
+    def _settle(self, wait: float) -> None:
+        wait = wait or self._do(self._restarted(self._line))
+        if wait:
+            time.sleep(wait)
+
+    async def _asettle(self, wait: float) -> None:
+        if not wait:
+            line = self._line if self._source.aconnect is None else self._async_line()
+            wait = await self._ado(self._restarted(line))
+        if wait:
+            await asyncio.sleep(wait)
+
+    def _restarted(self, line: Line | ClusterLine | AsyncLine) -> Steps[float]:
+        """Seconds for which others may rely on a view that the server has forgotten in a crash."""
+        age = time.monotonic() - line.connected
+        if self._closed or age >= VIEW_SECONDS:
+            return 0.0  # what it forgot, it forgot before this connection
+        (reply,) = yield [("INFO", "server")]
+        up = re.search(rb"uptime_in_seconds:(\d+)", reply) if isinstance(reply, bytes) else None
+        return VIEW_SECONDS if up is None or int(up[1]) <= 1 else 0.0
 
     # -- leases -----------------------------------------------------------------------------------
 
@@ -771,7 +812,11 @@ class RedisCache(TokenCache):
             if self._listener is None:
                 before, after = self._name("t", "").encode()[:-1], b"}"
                 self._listener = Listener(
-                    self._source.connect, (before, after), self._presence, self.timeout
+                    self._source.connect,
+                    (before, after),
+                    self._presence,
+                    self._viewers,
+                    self.timeout,
                 )
                 weakref.finalize(self, self._listener.close)
             return self._listener
@@ -883,18 +928,6 @@ def _tokens(tags: Iterable[str], values: Iterable[Any]) -> dict[str, str]:
         for tag, value in zip(tags, values, strict=True)
         if value is not None
     }
-
-
-def _unnoticed(replies: Sequence[Any]) -> float:
-    """Seconds until nobody else relies on what is gone, by the answer to ``_views``."""
-    if not replies:
-        return 0.0
-    (reply,) = replies
-    if isinstance(reply, Exception):
-        return VIEW_SECONDS  # not allowed to ask: there may be some
-    # names and numbers in turn, or in RESP3 maybe a mapping
-    views, mine = reply.values() if isinstance(reply, dict) else reply[1::2]
-    return VIEW_SECONDS if views > mine else 0.0
 
 
 def _unusable(exc: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import operator
+import signal
 import subprocess
 import sys
 import threading
@@ -690,6 +691,44 @@ def test_a_cut_view_serves_nothing(redis_server: Server, proxy: Proxy, prefix: s
                 tier._away_until = 0.0
         known(tiers, Lookup(KEY))
         assert tiers.read([Lookup(KEY)])[0].payload == b"new"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_view_outlives_its_connection(own_server: Server, prefix: str, mode: str) -> None:
+    """Who does not know that the server dropped its connection serves nothing old either."""
+    proxy = Proxy(own_server.port)
+    with (
+        RedisCache(own_server.url, prefix=prefix) as other,
+        own_server.client() as client,
+    ):
+        for turn in range(5):
+            proxy.keeps = False
+            with TieredCache(MemoryCache(), RedisCache(proxy.url, prefix=prefix)) as tiers:
+                store(other, str(turn).encode())
+                known(tiers, Lookup(KEY))
+                proxy.keeps = True
+                client.client_kill_filter(_type="pubsub")
+                if mode == "sync":
+                    other.invalidate("docs")
+                else:
+                    asyncio.run(other.ainvalidate("docs"))
+                assert tiers.read([Lookup(KEY)]) == [None]
+                proxy.keeps = False
+                proxy.reset()
+    proxy.close()
+
+
+def test_a_restarted_server_may_have_forgotten_views(own_server: Server, prefix: str) -> None:
+    """Just after a restart an invalidation waits, as those who kept a view might not know."""
+    with TieredCache(MemoryCache(), RedisCache(own_server.url, prefix=prefix)) as tiers:
+        store(tiers)
+        known(tiers, Lookup(KEY))
+        own_server.send(signal.SIGKILL)
+        own_server.start()
+        with RedisCache(own_server.url, prefix=prefix) as other:
+            started = time.monotonic()
+            other.invalidate("docs")
+            assert time.monotonic() - started >= 0.05
 
 
 def test_what_changes_while_it_is_asked_for_is_not_remembered(tiers: TieredCache) -> None:
