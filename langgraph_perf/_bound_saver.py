@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -214,13 +215,19 @@ def _class_for(kind: Any) -> Any:
         if name.startswith("__") or name == "serde" or own is getattr(BaseCheckpointSaver, name):
             continue
         if name in _TELLING:
-            members[name] = functools.wraps(own)(_TELLING[name]) if callable(own) else own
+            members[name] = _signed(_TELLING[name], own)
         else:
             members[name] = _handed_on(name)
     for name in _ENTERED:
         if hasattr(kind, name):
             members[name] = _entered(name)
     return type(kind.__name__, (_Bound, BaseCheckpointSaver), members)
+
+
+def _signed(method: Any, own: Any) -> Any:
+    """A copy of ``method`` with the name and signature of ``own``: LangGraph looks at them."""
+    made = types.FunctionType(method.__code__, method.__globals__, method.__name__)
+    return functools.update_wrapper(made, own)
 
 
 def _entered(name: str) -> Callable[..., Any]:

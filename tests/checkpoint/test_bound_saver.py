@@ -1,0 +1,232 @@
+"""The checkpointer of a compiled graph stands for the saver it was given, and does no more."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.checkpoint.conformance import checkpointer_test, validate
+from langgraph.checkpoint.conformance.capabilities import DetectedCapabilities
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.checkpoint.postgres import PostgresSaver
+from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+from langgraph.graph import START
+
+from langgraph_perf import MemoryCache, StateGraph
+
+from .test_threads import POLICY, Saver, State, build, counted, run
+
+
+@asynccontextmanager
+async def opened(kind: str, directory: Path, dsn: str) -> AsyncIterator[BaseCheckpointSaver[Any]]:
+    """A fresh saver of the named kind."""
+    if kind == "memory":
+        yield InMemorySaver()
+    elif kind == "capable":
+        yield Saver()
+    elif kind == "sqlite":
+        async with AsyncSqliteSaver.from_conn_string(":memory:") as saver:
+            yield saver
+    else:
+        async with AsyncPostgresSaver.from_conn_string(dsn) as postgres:
+            await postgres.setup()
+            yield postgres
+
+
+def wrapped(saver: BaseCheckpointSaver[Any]) -> BaseCheckpointSaver[Any]:
+    """``saver`` as a graph with a cache has it."""
+    checkpointer: BaseCheckpointSaver[Any] = build(
+        counted()[0], MemoryCache(), saver=saver
+    ).checkpointer
+    assert type(checkpointer) is not type(saver)
+    return checkpointer
+
+
+@pytest.mark.parametrize("kind", ["memory", "capable", "sqlite", "postgres"])
+async def test_conformance(kind: str, tmp_path: Path, postgres: str) -> None:
+    """LangGraph's conformance suite says of the wrapped saver what it says of the bare one."""
+    reports = []
+    for wrap in (False, True):
+
+        @checkpointer_test(name=f"{kind} {wrap}")
+        async def factory(wrap: bool = wrap) -> AsyncIterator[BaseCheckpointSaver[Any]]:
+            async with opened(kind, tmp_path, postgres) as saver:
+                yield wrapped(saver) if wrap else saver
+
+        report = await validate(factory)
+        reports.append(
+            {
+                name: (result.detected, result.passed, result.tests_passed, result.tests_failed)
+                for name, result in report.results.items()
+            }
+        )
+    bare, bound = reports
+    assert bound == bare
+    assert bare["put"][1] is True
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [InMemorySaver, Saver, SqliteSaver, AsyncSqliteSaver, PostgresSaver, AsyncPostgresSaver],
+)
+def test_it_can_do_what_its_saver_can(kind: Any) -> None:
+    """It has the methods that the saver's class has of its own, with their signatures, and fakes
+    none."""
+    from langgraph_perf._bound_saver import _class_for
+
+    made = _class_for(kind)
+    for name in dir(BaseCheckpointSaver):
+        if name.startswith("__") or name in ("serde", "with_allowlist"):
+            continue
+        base, own = getattr(BaseCheckpointSaver, name), getattr(kind, name)
+        assert (getattr(made, name) is base) == (own is base), name
+        if callable(getattr(made, name)):
+            assert inspect.signature(getattr(made, name)) == inspect.signature(own), name
+            assert inspect.iscoroutinefunction(getattr(made, name)) == (
+                inspect.iscoroutinefunction(own)
+            ), name
+
+
+def test_what_a_saver_cannot_do_is_refused_as_by_itself() -> None:
+    """A method that the saver lacks raises what LangGraph's base class raises."""
+    saver = wrapped(InMemorySaver())
+    with pytest.raises(NotImplementedError):
+        saver.copy_thread("a", "b")
+    with pytest.raises(NotImplementedError):
+        saver.prune(["a"])
+    assert DetectedCapabilities.from_instance(saver) == (
+        DetectedCapabilities.from_instance(InMemorySaver())
+    )
+
+
+def test_it_is_taken_for_its_saver() -> None:
+    """``isinstance``, attributes, assignments, ``repr`` and ``with`` reach the saver."""
+    bare = InMemorySaver()
+    saver: Any = wrapped(bare)
+    assert isinstance(saver, InMemorySaver)
+    assert saver.storage is bare.storage
+    saver.note = "n"
+    assert bare.note == "n"  # type: ignore[attr-defined]
+    assert saver.serde is bare.serde
+    assert repr(saver) == repr(bare)
+    with saver as entered:
+        assert entered is saver
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = saver.nothing_like_it
+
+
+def test_it_survives_copying() -> None:
+    """A copy, as LangGraph makes one to give it another serde, leaves the original alone."""
+    bare = InMemorySaver()
+    saver: Any = wrapped(bare)
+    clone = copy.copy(saver)
+    clone.serde = serde = JsonPlusSerializer(pickle_fallback=True)
+    assert (clone.serde, saver.serde is bare.serde) == (serde, True)
+    assert clone.storage is bare.storage
+    derived = saver.with_allowlist([("a", "b")])
+    assert type(derived) is type(saver)
+    assert saver.serde is bare.serde
+
+
+def test_threads_of_a_copy_take_their_results_with_them() -> None:
+    """What LangGraph derives from a checkpointer still tells the cache."""
+    node, ran = counted()
+    graph = build(node, MemoryCache())
+    run(graph, "t")
+    graph.checkpointer.with_allowlist([("a", "b")]).delete_thread("t")
+    run(graph, "t")
+    assert len(ran) == 2
+
+
+def test_strict_msgpack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where LangGraph restricts what checkpoints may restore, graphs run and threads still take
+    their results with them."""
+    from langgraph._internal import _serde
+
+    monkeypatch.setattr(_serde, "STRICT_MSGPACK_ENABLED", True)
+    node, ran = counted()
+    graph = build(node, MemoryCache())
+    run(graph, "t")
+    assert run(graph, "t")["answer"] == "Q"
+    assert len(ran) == 1
+    graph.checkpointer.delete_thread("t")
+    assert list(graph.get_state_history({"configurable": {"thread_id": "t"}})) == []
+    run(graph, "t")
+    assert len(ran) == 2
+
+
+def test_no_cache_no_wrapper() -> None:
+    """A graph without a cache has the very saver it was given."""
+    saver = InMemorySaver()
+    builder = StateGraph(State).add_node("answer", lambda state: None)
+    builder.add_edge(START, "answer")
+    assert builder.compile(checkpointer=saver).checkpointer is saver
+    for other in (None, False):
+        assert builder.compile(checkpointer=other, cache=MemoryCache()).checkpointer is other
+
+
+def test_a_saver_that_a_server_puts_in_place() -> None:
+    """Assigned, copied in or lent through the config: its threads take their results with them."""
+    node, ran = counted()
+
+    def assigned(graph: Any) -> Any:
+        graph.checkpointer = Saver()
+        return graph
+
+    for place in (assigned, lambda graph: graph.copy({"checkpointer": Saver()})):
+        graph = place(build(node, MemoryCache(), saver=None))
+        ran.clear()
+        run(graph, "t")
+        graph.checkpointer.delete_thread("t")
+        run(graph, "t")
+        assert len(ran) == 2
+
+    graph, lent = build(node, MemoryCache(), saver=None), Saver()
+    graph.invoke(
+        {"query": "q"}, {"configurable": {"thread_id": "t", "__pregel_checkpointer": lent}}
+    )
+    run(graph, "t")
+    hits = [
+        found.metadata["langgraph_perf"]  # type: ignore[typeddict-item]
+        for found in lent.list({"configurable": {"thread_id": "t"}})
+        if "langgraph_perf" in found.metadata
+    ]
+    assert hits == []
+    graph.invoke(
+        {"query": "q"}, {"configurable": {"thread_id": "t", "__pregel_checkpointer": lent}}
+    )
+    (latest, *_) = lent.list({"configurable": {"thread_id": "t"}})
+    assert latest.metadata["langgraph_perf"]["cached"].keys() == {"answer"}  # type: ignore[typeddict-item]
+
+
+def test_one_saver_of_two_graphs() -> None:
+    """A checkpointer taken from another graph tells the caches of both."""
+    node, ran = counted()
+    first = build(node, MemoryCache())
+    second = build(node, MemoryCache(), saver=first.checkpointer)
+    for graph in (first, second):
+        run(graph, "t")
+    second.checkpointer.delete_thread("t")
+    for graph in (first, second):
+        run(graph, "t")
+    assert len(ran) == 4
+
+
+def test_a_graph_copied_with_a_config_tells_the_cache_too() -> None:
+    """``with_config`` makes a graph whose checkpointer does the same."""
+    node, ran = counted()
+    graph = build(node, MemoryCache()).with_config(configurable={"thread_id": "t"})
+    graph.invoke({"query": "q"})
+    graph.checkpointer.delete_thread("t")
+    graph.invoke({"query": "q"})
+    assert len(ran) == 2
+    assert POLICY.scope == "thread"

@@ -1,0 +1,215 @@
+"""Checkpoints say which nodes of their step were answered from the cache, and nothing else new."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import pytest
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.checkpoint.postgres import PostgresSaver
+from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
+from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+from langgraph.graph import START
+from langgraph.graph import StateGraph as LangGraphStateGraph
+from langgraph.types import Command, Send, interrupt
+from typing_extensions import TypedDict
+
+from langgraph_perf import CachePolicy, MemoryCache, StateGraph
+from langgraph_perf._provenance import Ledger, _Served
+from langgraph_perf.testing import Clock
+
+
+class State(TypedDict, total=False):
+    query: str
+    found: Annotated[list[str], operator.add]
+
+
+@contextmanager
+def saver_of(kind: str, dsn: str) -> Iterator[Any]:
+    if kind == "memory":
+        yield InMemorySaver()
+    elif kind == "sqlite":
+        with SqliteSaver.from_conn_string(":memory:") as sqlite:
+            yield sqlite
+    else:
+        with PostgresSaver.from_conn_string(dsn) as postgres:
+            postgres.setup()
+            yield postgres
+
+
+def two_nodes(graph: type[Any], saver: Any, **kwargs: Any) -> Any:
+    policy = {"cache_policy": CachePolicy(key=["query"])} if kwargs else {}
+    builder = graph(State)
+    builder.add_node("cached", lambda state: {"found": ["c"]}, **policy)
+    builder.add_node("plain", lambda state: {"found": ["p"]})
+    builder.add_edge(START, "cached").add_edge("cached", "plain")
+    return builder.compile(checkpointer=saver, **kwargs)
+
+
+def told(graph: Any, thread: str) -> list[Any]:
+    """What each checkpoint of ``thread`` says of the cache, oldest first."""
+    history = list(graph.get_state_history({"configurable": {"thread_id": thread}}))
+    return [snapshot.metadata.get("langgraph_perf") for snapshot in reversed(history)]
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite", "postgres"])
+@pytest.mark.parametrize("durability", ["sync", "async"])
+def test_history_tells_what_came_from_the_cache(kind: str, durability: Any, postgres: str) -> None:
+    """Per step: node, key digest, age and code version; and only where a node was served."""
+    with saver_of(kind, postgres) as saver:
+        clock = Clock()
+        graph = two_nodes(StateGraph, saver, cache=MemoryCache(clock=clock))
+        first, second = f"{durability} cold", f"{durability} warm"
+        for thread in (first, second):
+            graph.invoke(
+                {"query": "q"}, {"configurable": {"thread_id": thread}}, durability=durability
+            )
+            clock.advance(90)
+        assert told(graph, first) == [None] * 4
+        before, start, cached, after = told(graph, second)
+        assert (before, start, after) == (None, None, None)
+        (node,) = cached["cached"].items()
+        name, told_of = node
+        assert name == "cached"
+        assert told_of["count"] == 1
+        assert told_of["code"] == graph.perf.specs["cached"].code
+        (hit,) = told_of["hits"]
+        assert (hit["step"], hit["age_seconds"]) == (1, 90.0)
+        assert len(hit["key"]) >= 32
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+async def test_history_tells_it_awaited(kind: str, postgres: str) -> None:
+    """The asynchronous savers tell the same."""
+    opened: Any = (
+        AsyncSqliteSaver.from_conn_string(":memory:")
+        if kind == "sqlite"
+        else AsyncPostgresSaver.from_conn_string(postgres)
+    )
+    async with opened as saver:
+        await saver.setup()
+        graph = two_nodes(StateGraph, saver, cache=MemoryCache())
+        for thread in ("async a", "async b"):
+            config = {"configurable": {"thread_id": thread}}
+            await graph.ainvoke({"query": "q"}, config)
+        history = [snapshot async for snapshot in graph.aget_state_history(config)]
+        said = [list(s.metadata.get("langgraph_perf", {}).get("cached", ())) for s in history]
+        assert said == [[], ["cached"], [], []]
+
+
+def test_nothing_else_in_metadata_changes() -> None:
+    """Without the one key, metadata are those of plain LangGraph."""
+    histories = []
+    for graph in (
+        two_nodes(LangGraphStateGraph, InMemorySaver()),
+        two_nodes(StateGraph, InMemorySaver(), cache=MemoryCache()),
+    ):
+        for thread in ("a", "b"):
+            config = {"configurable": {"thread_id": thread, "user": "u"}, "metadata": {"m": 1}}
+            graph.invoke({"query": "q"}, config)
+        metadata = [dict(s.metadata) for s in graph.get_state_history(config)]
+        for found in metadata:
+            found.pop("langgraph_perf", None)
+        histories.append(metadata)
+    assert histories[0] == histories[1]
+
+
+def test_a_run_that_writes_one_checkpoint_tells_of_all_its_steps() -> None:
+    """``durability="exit"``: the only checkpoint names the steps of the nodes."""
+    graph = two_nodes(StateGraph, InMemorySaver(), cache=MemoryCache())
+    for thread in ("a", "b"):
+        config: Any = {"configurable": {"thread_id": thread}}
+        graph.invoke({"query": "q"}, config, durability="exit")
+    (only,) = told(graph, "b")
+    assert [hit["step"] for hit in only["cached"]["cached"]["hits"]] == [1]
+
+
+def test_a_wide_step_is_told_in_short() -> None:
+    """The number of all, and the keys of the first hundred."""
+    builder = StateGraph(State)
+    builder.add_node("one", lambda state: {"found": [state["query"]]}, cache_policy=CachePolicy())
+    builder.add_conditional_edges(
+        START, lambda state: [Send("one", {"query": str(i)}) for i in range(120)], ["one"]
+    )
+    graph: Any = builder.compile(checkpointer=InMemorySaver(), cache=MemoryCache())
+    for thread in ("a", "b"):
+        graph.invoke({"query": "q"}, {"configurable": {"thread_id": thread}})
+    node = told(graph, "b")[-1]["cached"]["one"]
+    assert (node["count"], len(node["hits"])) == (120, 100)
+
+
+def test_a_hit_beside_a_question_is_told_when_the_step_ends() -> None:
+    """The human answers in another run, whose checkpoint tells of the first one's hit."""
+    builder = StateGraph(State)
+    builder.add_node(
+        "cached", lambda state: {"found": ["c"]}, cache_policy=CachePolicy(key=["query"])
+    )
+    builder.add_node("ask", lambda state: {"found": [interrupt("?")]})
+    builder.add_edge(START, "cached").add_edge(START, "ask")
+    graph: Any = builder.compile(checkpointer=InMemorySaver(), cache=MemoryCache())
+    for thread in ("a", "b"):
+        config: Any = {"configurable": {"thread_id": thread}}
+        graph.invoke({"query": "q"}, config)
+        graph.invoke(Command(resume="yes"), config)
+    assert told(graph, "a")[-1] is None
+    assert list(told(graph, "b")[-1]["cached"]) == ["cached"]
+
+
+def test_graphs_inside_tell_in_their_own_checkpoints() -> None:
+    """A subgraph's checkpoints name its nodes, the outer one's its own."""
+    inner = StateGraph(State)
+    inner.add_node("deep", lambda state: {"found": ["d"]}, cache_policy=CachePolicy(key=["query"]))
+    inner.add_edge(START, "deep")
+    builder = StateGraph(State)
+    builder.add_node("sub", inner.compile())
+    builder.add_edge(START, "sub")
+    saver = InMemorySaver()
+    graph: Any = builder.compile(checkpointer=saver, cache=MemoryCache())
+    for thread in ("a", "b"):
+        graph.invoke({"query": "q"}, {"configurable": {"thread_id": thread}})
+    said = {
+        found.config["configurable"]["checkpoint_ns"].partition(":")[0]: list(
+            found.metadata["langgraph_perf"]["cached"]
+        )
+        for found in saver.list({"configurable": {"thread_id": "b"}})
+        if "langgraph_perf" in found.metadata
+    }
+    assert said == {"sub": ["deep"]}
+
+
+def test_a_checkpoint_that_fails_is_told_again() -> None:
+    """What could not be written is told in the next attempt."""
+
+    class Fails(InMemorySaver):
+        failures = 1
+
+        def put(self, config: Any, checkpoint: Any, metadata: Any, versions: Any) -> Any:
+            if "langgraph_perf" in metadata and self.failures:
+                self.failures -= 1
+                raise ConnectionError("away")
+            return super().put(config, checkpoint, metadata, versions)
+
+    graph = two_nodes(StateGraph, Fails(), cache=MemoryCache())
+    graph.invoke({"query": "q"}, {"configurable": {"thread_id": "a"}})
+    config: Any = {"configurable": {"thread_id": "b"}}
+    with pytest.raises(ConnectionError):
+        graph.invoke({"query": "q"}, config, durability="sync")
+    graph.invoke(None, config)
+    assert [list(said["cached"]) for said in told(graph, "b") if said] == [["cached"]]
+
+
+def test_steps_that_never_end_are_not_remembered_for_ever() -> None:
+    """The ledger is bounded, and empty once everything is told."""
+    graph = two_nodes(StateGraph, InMemorySaver(), cache=MemoryCache())
+    for thread in ("a", "b"):
+        graph.invoke({"query": "q"}, {"configurable": {"thread_id": thread}})
+    ledger = graph.checkpointer.provenance
+    assert not ledger._steps
+    for number in range(5000):
+        config: Any = {"configurable": {"thread_id": number, "checkpoint_ns": "n:1"}}
+        Ledger.add(ledger, config, _Served("n", "k", 0.0, "c", None))
+    assert len(ledger._steps) == 4096
