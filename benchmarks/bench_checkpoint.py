@@ -75,6 +75,11 @@ def server() -> Iterator[str]:
         yield dsn
 
 
+def slower(dsn: str) -> str:
+    """``dsn`` as if each commit took the disk a millisecond longer, as across a network."""
+    return psycopg.conninfo.make_conninfo(dsn, options="-c commit_delay=1000 -c commit_siblings=0")
+
+
 # -- the graph -------------------------------------------------------------------------------------
 
 
@@ -114,11 +119,12 @@ def pooled(effort: Effort) -> Iterator[Result]:
     threads = effort.scaled(THREADS)
     with server() as dsn:
         # a connection that is one saver's own can be pipelined; those of a pool cannot
-        for row, pipeline, target in (
-            ("ainvoke, pipelined", True, 1 / FASTER),
-            ("ainvoke", False, None),
+        for row, where, pipeline, target in (
+            ("ainvoke, pipelined", dsn, True, 1 / FASTER),
+            ("ainvoke", dsn, False, None),
+            ("ainvoke, pipelined, slower disk", slower(dsn), True, None),
         ):
-            compared = _async(dsn, threads, effort, pipeline)
+            compared = _async(where, threads, effort, pipeline)
             yield _pooled_result(row, "AsyncPostgresSaver", threads, compared, target)
         compared = _sync(dsn, threads, effort)
         yield _pooled_result("invoke", "PostgresSaver", threads, compared, None)

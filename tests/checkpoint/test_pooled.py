@@ -784,6 +784,8 @@ async def test_async_savers_made_by_a_sync_function(dsn: str) -> None:
         checkpointer = PooledCheckpointer(Pool(lambda: AsyncPostgresSaver(connection)))
         with pytest.raises(ConfigurationError, match="async def"):
             await checkpointer.aget_tuple(config(1))
+        with pytest.raises(ConfigurationError, match="async def"):
+            await asyncio.to_thread(checkpointer.get_tuple, config(1))
 
 
 def test_savers_without_a_sync_half() -> None:
@@ -881,6 +883,40 @@ async def test_a_cancelled_caller_leaves_a_sync_context_after_its_operation() ->
     assert resource.stats().in_use == 1
     end.set()
     await auntil(lambda: resource.stats().in_use == 0)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_leaving_a_context_on_a_lost_connection_may_fail(kind: str) -> None:
+    """What counts is the operation, which is done again; if it may not be, the error is raised."""
+    log: list[Any] = []
+    scripts = iter([(gone(),)])
+
+    @contextmanager
+    def lease() -> Iterator[Shaky]:
+        try:
+            yield Shaky(log, *next(scripts, ()))
+        except ConnectionError:
+            raise RuntimeError("cannot roll back") from None
+
+    @asynccontextmanager
+    async def alease() -> AsyncIterator[Shaky]:
+        with lease() as saver:
+            yield saver
+
+    if kind == "sync":
+        checkpointer = PooledCheckpointer(FromContext(lease))
+        put(checkpointer)
+    else:
+        checkpointer = PooledCheckpointer(FromContext(alease))
+        await aput(checkpointer)
+    assert len(log) == 2
+    scripts = iter([(gone(),)])
+    if kind == "sync":
+        with pytest.raises(RuntimeError, match="roll back"):
+            checkpointer.copy_thread("a", "b")
+    else:
+        with pytest.raises(RuntimeError, match="roll back"):
+            await checkpointer.acopy_thread("a", "b")
 
 
 # -- the rest --------------------------------------------------------------------------------------
