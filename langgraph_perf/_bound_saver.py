@@ -30,14 +30,19 @@ def bound(saver: Saver, lives: Lives) -> Saver:
     known = saver.__dict__ if issubclass(type(saver), _Bound) else {}
     inner: Any = known.get("_saver", saver)
     kind: Any = type(inner)
-    made: Saver = _class_for(kind)(inner, (*known.get("_lives", ()), lives))
+    others = [other for other in known.get("_lives", ()) if other is not lives]
+    made: Saver = _class_for(kind)(inner, (*others, lives))
     made.__dict__["provenance"] = known.get("provenance") or Ledger()
     return made
 
 
 def is_bound(saver: object, lives: Lives) -> bool:
-    """Whether ``saver`` already tells ``lives``."""
-    return issubclass(type(saver), _Bound) and any(
+    """Whether ``saver`` already tells ``lives``, and can do what its saver can now: a pooled one
+    learns that from the first saver it leases."""
+    if not issubclass(type(saver), _Bound):
+        return False
+    kind: Any = type(saver.__dict__["_saver"])
+    return type(saver) is _class_for(kind) and any(
         known is lives for known in saver.__dict__["_lives"]
     )
 

@@ -21,7 +21,8 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.graph import START
 
-from langgraph_perf import MemoryCache, StateGraph
+from langgraph_perf import MemoryCache, Pool, StateGraph
+from langgraph_perf.checkpoint import PooledCheckpointer
 
 from .test_threads import POLICY, Saver, State, build, counted, run
 
@@ -230,3 +231,23 @@ def test_a_graph_copied_with_a_config_tells_the_cache_too() -> None:
     graph.invoke({"query": "q"})
     assert len(ran) == 2
     assert POLICY.scope == "thread"
+
+
+def test_a_pooled_checkpointer_tells_the_cache(tmp_path: Path) -> None:
+    """It learns what it can do from its first saver, and the graph's checkpointer with it."""
+    shared = Saver()
+    pooled = PooledCheckpointer(Pool(lambda: copy.copy(shared)))
+    node, ran = counted()
+    graph = build(node, MemoryCache(), saver=pooled)
+    assert graph.checkpointer is graph.checkpointer
+    run(graph, "t")
+    run(graph, "t")
+    assert len(ran) == 1
+    assert DetectedCapabilities.from_instance(graph.checkpointer) == (
+        DetectedCapabilities.from_instance(shared)
+    )
+    graph.checkpointer.prune(["t"], strategy="delete")
+    run(graph, "t")
+    assert len(ran) == 2
+    assert graph.get_state({"configurable": {"thread_id": "t"}}).metadata["step"] > 0
+    pooled.close()
