@@ -34,10 +34,18 @@ from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from typing_extensions import TypedDict
 
-from langgraph_perf import ConfigurationError, FromContext, Keyed, Pool, PoolClosed, Shared
+from langgraph_perf import (
+    ConfigurationError,
+    FromContext,
+    Keyed,
+    Pool,
+    PoolClosed,
+    PoolTimeout,
+    Shared,
+)
 from langgraph_perf._pooled_saver import OPERATIONS, PooledCheckpointer
 
-from ..resources.helpers import auntil, check_at_rest, until
+from ..resources.helpers import auntil, check_at_rest, passes, until
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # examples are not installed
 
@@ -290,6 +298,57 @@ async def test_tasks_do_not_queue_behind_one_lock(monkeypatch: pytest.MonkeyPatc
     async with apooled(Pool(Meeting, max_size=4)) as checkpointer:
         await asyncio.gather(*(aput(checkpointer, n) for n in range(4)))
         assert len({id(saver) for saver in Meeting.here}) == 4
+
+
+class Stuck(InMemorySaver):
+    """``aput`` begins and does not end before it is told to."""
+
+    def __init__(self, end: asyncio.Event, order: list[str]) -> None:
+        super().__init__()
+        self.end, self.order = end, order
+
+    async def aput(self, config: Any, *args: Any) -> Any:
+        self.order.append(config["configurable"]["thread_id"])
+        await self.end.wait()
+
+
+@pytest.mark.parametrize("max_waiting", [0, 9])
+async def test_tasks_wait_as_long_as_the_pool_says_and_in_order(max_waiting: int) -> None:
+    """A task that gives up, or is cancelled, leaves its turn to the next one."""
+    end, order = asyncio.Event(), list[str]()
+    resource = Pool(lambda: Stuck(end, order), max_size=1, timeout=0.05, max_waiting=max_waiting)
+    async with apooled(resource) as checkpointer:
+        first = asyncio.create_task(aput(checkpointer, "first"))
+        await auntil(lambda: bool(order))
+        with pytest.raises(PoolTimeout):
+            await aput(checkpointer, "late")
+        resource._timeout = None
+        waiting = [asyncio.create_task(aput(checkpointer, n)) for n in range(4)]
+        await passes()
+        waiting[0].cancel()
+        end.set()
+        await first
+        waiting[2].cancel()
+        await asyncio.wait(waiting)
+        assert [task.cancelled() for task in waiting] == [True, False, True, False]
+        assert order == ["first", "1", "3"]
+
+
+async def test_a_task_that_is_cancelled_when_its_turn_has_come() -> None:
+    """The turn is not lost."""
+    end, order = asyncio.Event(), list[str]()
+    resource = Pool(lambda: Stuck(end, order), max_size=1)
+    async with apooled(resource) as checkpointer:
+        first = asyncio.create_task(aput(checkpointer, "first"))
+        await auntil(lambda: bool(order))
+        second = asyncio.create_task(aput(checkpointer, "second"))
+        third = asyncio.create_task(aput(checkpointer, "third"))
+        await passes()
+        first.add_done_callback(lambda _: second.cancel())
+        end.set()
+        await third
+        assert second.cancelled() or order[1] == "second"
+        assert order[-1] == "third"
 
 
 # -- dropped connections ---------------------------------------------------------------------------
