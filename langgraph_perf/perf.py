@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -123,14 +123,14 @@ class Perf:
         ``graph.checkpointer.delete_thread`` does this too.
 
         Raises:
-            Exception: a cache could not be asked to; nothing of the thread may be served by the
-                others. Call it again.
+            ConfigurationError: ``thread_id`` names no thread.
+            Exception: what a cache raised that could not do it; all others did. Call it again.
         """
-        self.lives.forget([thread_id])
+        self.lives.forget([_thread(thread_id)])
 
     async def aforget_thread(self, thread_id: str) -> None:
         """Like ``forget_thread``, without blocking the event loop."""
-        await self.lives.aforget([thread_id])
+        await self.lives.aforget([_thread(thread_id)])
 
     def bound(self, checkpointer: Any) -> Any:
         """``checkpointer`` as the graph is to use it: one that tells the caches of its threads."""
@@ -248,6 +248,15 @@ def _needs_tags(policy: CachePolicy | None) -> str | None:
     if policy is not None and policy.tags:
         return "tags"
     return "scope" if policy is not None and policy.scope == "thread" else None
+
+
+def _thread(given: object) -> str:
+    if given is None or given == "" or isinstance(given, (Mapping, list, tuple, set)):
+        raise ConfigurationError(
+            f"forget_thread(thread_id): got {given!r}; accepted: what runs pass as "
+            "configurable={'thread_id': ...}"
+        )
+    return str(given)
 
 
 def _same(value: Any, *key: Any) -> Any:

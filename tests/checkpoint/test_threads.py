@@ -525,3 +525,23 @@ def test_a_late_result_is_removed_even_if_it_was_written(cache: Cache) -> None:
     cache.drop_tags([tag])
     assert backend.write((namespace, "k"), entry, None) is False
     assert cache.peek([Lookup((namespace, "k"))]) == [None]
+
+
+@pytest.mark.parametrize("wrong", [None, "", ["t"], {"configurable": {"thread_id": "t"}}])
+def test_forget_thread_takes_a_thread(wrong: Any) -> None:
+    """Anything else is an error that says what it takes."""
+    graph = build(counted()[0], MemoryCache())
+    with pytest.raises(ConfigurationError, match=r"forget_thread\(thread_id\): got .* accepted:"):
+        graph.perf.forget_thread(wrong)
+
+
+def test_threads_may_be_numbers(cache: Cache) -> None:
+    """As in LangGraph, where 1 and "1" are one thread."""
+    node, ran = counted()
+    graph = build(node, cache)
+    run(graph, 1)  # type: ignore[arg-type]
+    run(graph, "1")
+    assert len(ran) == 1
+    graph.perf.forget_thread(1)
+    run(graph, "1")
+    assert len(ran) == 2

@@ -69,6 +69,8 @@ result: dict[str, Any] | Any = graph.invoke({"query": "q"}, context={"user_id": 
 control = CacheControl(mode="refresh", ttl=5, nodes={"a": CacheControl(mode="use")})
 bound = graph.with_config(configurable={"cache_control": control})
 stats: Stats = bound.perf.stats()
+bound.perf.forget_thread("t1")
+on_fork = CachePolicy(scope="thread", on_fork="refresh")
 one: NodeStats = stats.nodes["a"]
 seconds: float = one.seconds_saved
 graph.clear_cache(["a"])
