@@ -56,6 +56,10 @@ class _Bound:
 
     def __init__(self, saver: Saver, lives: tuple[Lives, ...]) -> None:
         self.__dict__.update(_saver=saver, _lives=lives)
+        for name in _OPTIONAL:
+            if getattr(type(saver), name, None) is getattr(BaseCheckpointSaver, name, None):
+                # on the object: a method of the class would say that it can
+                self.__dict__[name] = functools.partial(_cannot, type(saver).__name__, name)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_saver", "_lives", "provenance"):
@@ -202,6 +206,13 @@ _TELLING: dict[str, Callable[..., Any]] = {
     "acopy_thread": _acopy_thread,
     "with_allowlist": _with_allowlist,
 }
+_OPTIONAL = {
+    "delete_for_runs": "for what the cache has of a thread graph.perf.forget_thread(thread_id)",
+    "prune": "delete_thread(thread_id) for each thread",
+    "copy_thread": "graph.update_state(new_config, graph.get_state(config).values)",
+}
+"""What not all savers can, and what there is instead."""
+_OPTIONAL |= {f"a{name}": instead for name, instead in _OPTIONAL.items()}
 _ENTERED = ("__enter__", "__exit__", "__aenter__", "__aexit__")
 
 
@@ -227,6 +238,12 @@ def _class_for(kind: Any) -> Any:
         if hasattr(kind, name):
             members[name] = _entered(name)
     return type(kind.__name__, (_Bound, BaseCheckpointSaver), members)
+
+
+def _cannot(saver: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError(
+        f"checkpointer: {saver} has no {name}(); accepted: a saver that has, or {_OPTIONAL[name]}"
+    )
 
 
 def _signed(method: Any, own: Any) -> Any:

@@ -97,13 +97,15 @@ def test_it_can_do_what_its_saver_can(kind: Any) -> None:
             ), name
 
 
-def test_what_a_saver_cannot_do_is_refused_as_by_itself() -> None:
-    """A method that the saver lacks raises what LangGraph's base class raises."""
+async def test_what_a_saver_cannot_do_is_refused_as_by_itself() -> None:
+    """A method that the saver lacks raises the same error, which says what there is instead."""
     saver = wrapped(InMemorySaver())
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match=r"InMemorySaver has no copy_thread\(\); acc"):
         saver.copy_thread("a", "b")
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="delete_thread"):
         saver.prune(["a"])
+    with pytest.raises(NotImplementedError, match="forget_thread"):
+        await saver.adelete_for_runs(["a"])
     assert DetectedCapabilities.from_instance(saver) == (
         DetectedCapabilities.from_instance(InMemorySaver())
     )
