@@ -292,12 +292,19 @@ def _acts(draw: st.DrawFn) -> Act:
 
 
 _firsts = st.builds(Act, do=st.just("run"), values=_values)
-histories = st.builds(
-    lambda graph, first, more: History(graph, (first, *more)),
-    graphs(),
-    _firsts,
-    st.lists(_acts(), min_size=1, max_size=6),
-)
+
+
+def _histories(fewest: int, most: int) -> st.SearchStrategy[History]:
+    return st.builds(
+        lambda graph, first, more: History(graph, (first, *more)),
+        graphs(),
+        _firsts,
+        st.lists(_acts(), min_size=fewest, max_size=most),
+    )
+
+
+histories = _histories(1, 6)
+long_histories = _histories(6, 10)
 
 
 # -- building -------------------------------------------------------------------------------------
@@ -537,7 +544,7 @@ class Twin:
         return None
 
     def outcome(self, act: Act) -> Any:
-        return _or_error(lambda: seen(self.do(act)))
+        return or_error(lambda: seen(self.do(act)))
 
     def observed(self, act: Act, subgraphs: bool) -> Any:
         try:
@@ -547,7 +554,7 @@ class Twin:
         at = {s.config["configurable"]["checkpoint_id"]: i for i, s in enumerate(history)}
         return {
             # LangGraph cannot show a step whose results contradict each other
-            "state": _or_error(lambda: seen(self.state(act, subgraphs))),
+            "state": or_error(lambda: seen(self.state(act, subgraphs))),
             "history": [seen(snapshot) for snapshot in history],
             "parents": [
                 s.parent_config and at[s.parent_config["configurable"]["checkpoint_id"]]
@@ -556,7 +563,8 @@ class Twin:
         }
 
 
-def _or_error(call: Callable[[], Any]) -> Any:
+def or_error(call: Callable[[], Any]) -> Any:
+    """What ``call`` gives, or which error it raises."""
     try:
         return call()
     except Exception as exc:
