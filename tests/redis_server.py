@@ -190,6 +190,7 @@ class Proxy:
     Attributes:
         url: where a cache connects to.
         delay: seconds every piece of an answer takes.
+        drip: seconds between pieces of 4 KB of an answer.
         deaf: swallow everything.
         keeps: what the server closes stays open on this side, as when its last packets are lost.
         cut_after: let so many bytes of an answer through, then reset the connection.
@@ -201,6 +202,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
         self.delay = 0.0
+        self.drip = 0.0
         self.deaf = False
         self.keeps = False
         self.cut_after: int | None = None
@@ -234,6 +236,11 @@ class Proxy:
                 if answer and self.cut_after is not None:
                     target.sendall(data[: self.cut_after])
                     break
+                if answer and self.drip:
+                    for at in range(0, len(data), 4096):
+                        time.sleep(self.drip)
+                        target.sendall(data[at : at + 4096])
+                    continue
                 target.sendall(data)
         if answer and self.keeps:
             return

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from hashlib import sha1
-from typing import Any
+from typing import Any, TypeVar
 
 from redis import exceptions
+
+T = TypeVar("T")
 
 _AT_ONCE = 64
 """Most replies read without letting the event loop do something else."""
@@ -51,11 +55,151 @@ def _unknown_scripts(commands: Commands, replies: list[Any]) -> list[int]:
     ]
 
 
-class _Job:
-    __slots__ = ("commands", "error", "leads", "replies", "woken")
+class Trips:
+    """Counts batches, whatever becomes of the lines that sent them."""
 
-    def __init__(self, commands: Commands) -> None:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.count = 0
+
+    def add(self) -> None:
+        """Count one."""
+        with self._lock:
+            self.count += 1
+
+
+class _Work:
+    __slots__ = ("discard", "done", "error", "given_up", "lock", "run", "value")
+
+    def __init__(self, run: Callable[[], Any], discard: Callable[[], object] | None) -> None:
+        self.run, self.discard = run, discard
+        self.lock = threading.Lock()
+        self.done = threading.Event()
+        self.given_up = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+
+class Bounded:
+    """Carries out, in daemon threads, what has no deadline of its own, and waits only so long.
+
+    What hangs keeps its thread; when all hang, nothing else is begun until one comes back.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._changed = threading.Condition()
+        self._waiting: list[_Work] = []
+        self._threads = self._idle = 0
+
+    def run(
+        self, work: Callable[[], T], seconds: float, discard: Callable[[], object] | None = None
+    ) -> T:
+        """What ``work`` returns; when that comes too late, ``discard`` is called instead.
+
+        Raises:
+            TimeoutError: it is not done after so many seconds.
+        """
+        job = _Work(work, discard)
+        with self._changed:
+            self._waiting.append(job)
+            if self._idle >= len(self._waiting):
+                self._changed.notify()
+            elif self._threads < self._most:
+                thread = threading.Thread(
+                    target=self._serve, name="langgraph-perf-deadline", daemon=True
+                )
+                try:
+                    thread.start()
+                    self._threads += 1
+                except RuntimeError:  # the interpreter is shutting down
+                    self._waiting.remove(job)
+                    return work()
+        try:
+            in_time = job.done.wait(max(0.0, seconds))
+        finally:
+            with job.lock:
+                job.given_up = not job.done.is_set()
+            with self._changed:
+                if job in self._waiting:
+                    self._waiting.remove(job)
+        if not in_time and job.given_up:
+            raise TimeoutError(f"no answer from Redis within {seconds:.3g} seconds")
+        if job.error is not None:
+            raise job.error
+        value: T = job.value
+        return value
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                if not self._waiting:
+                    self._idle += 1
+                    self._changed.wait(1.0)
+                    self._idle -= 1
+                if not self._waiting:
+                    self._threads -= 1
+                    return
+                job = self._waiting.pop(0)
+            try:
+                job.value = job.run()
+            except BaseException as exc:
+                job.error = exc
+            with job.lock:
+                job.done.set()
+                late = job.given_up
+            if late and job.discard is not None:
+                with suppress(Exception):
+                    job.discard()
+            del job
+
+
+class _Timed:
+    """A socket for redis-py's parsers to read from, with one deadline for all its reads."""
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self.ends = math.inf
+
+    def _arm(self) -> None:
+        left = self.ends - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(left)
+
+    def recv(self, *args: Any) -> bytes:
+        self._arm()
+        data: bytes = self._sock.recv(*args)
+        return data
+
+    def recv_into(self, *args: Any) -> int:
+        self._arm()
+        size: int = self._sock.recv_into(*args)
+        return size
+
+    def settimeout(self, _: float | None) -> None:
+        """The deadline stays."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+def _timed(connection: Any) -> _Timed:
+    """Make the parser of ``connection`` read with a deadline."""
+    timed = _Timed(connection._sock)
+    parser = connection._parser
+    for reader in (getattr(parser, "_buffer", None), parser):
+        if getattr(reader, "_sock", None) is connection._sock:
+            reader._sock = timed
+    return timed
+
+
+class _Job:
+    __slots__ = ("commands", "ends", "error", "leads", "replies", "woken")
+
+    def __init__(self, commands: Commands, ends: float) -> None:
         self.commands = commands
+        self.ends = ends
         self.replies: list[Any] | None = None
         self.error: BaseException | None = None
         self.woken: threading.Event | None = None
@@ -70,28 +214,39 @@ class Line:
     """A connection that threads share.
 
     Attributes:
-        trips: how many batches it sent.
         connected: when its connection was made (``time.monotonic``).
     """
 
-    def __init__(self, connect: Callable[[], Any], patience: float) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], Any],
+        timeout: float = 1.0,
+        connect_timeout: float = 1.0,
+        trips: Trips | None = None,
+    ) -> None:
         self._connect = connect
-        self._patience = patience
+        self.timeout = timeout
+        self.connect_timeout = connect_timeout
+        self._trips = trips or Trips()
         self._lock = threading.Lock()
         self._queue: list[_Job] = []
         self._busy = False
         self._connection: Any = None
-        self.trips = 0
+        self._timed: Any = None
+        self._closed = False
+        self._connecting = Bounded(2)
         self.connected = -math.inf
 
-    def execute(self, commands: Commands) -> list[Any]:
-        """One reply for each command.
+    def execute(self, commands: Commands, ends: float | None = None) -> list[Any]:
+        """One reply for each command, until ``ends`` (``time.monotonic``; ``timeout`` from now);
+        if it has to connect, up to ``connect_timeout`` later.
 
         Raises:
             TimeoutError: nothing came in time.
             redis.RedisError: the connection failed, also when made anew.
+            ConnectionError: the line is closed.
         """
-        job = _Job(commands)
+        job = _Job(commands, time.monotonic() + self.timeout if ends is None else ends)
         with self._lock:
             if self._busy:
                 job.woken = threading.Event()
@@ -108,12 +263,14 @@ class Line:
 
     def _follow(self, job: _Job, woken: threading.Event) -> None:
         """Wait until the job is done or it is its turn to lead."""
+        patience = job.ends - time.monotonic()
+        if self._connection is None:
+            patience += self.connect_timeout
         try:
-            if not woken.wait(self._patience):
+            if not woken.wait(max(0.0, patience)):
                 with self._lock:
-                    if job in self._queue:
-                        raise TimeoutError(f"no answer from Redis within {self._patience} seconds")
-                woken.wait()  # somebody is seeing to it, and has a deadline
+                    if not job.done and not job.leads:
+                        raise TimeoutError(f"no answer from Redis within {patience:.3g} seconds")
         except BaseException:
             with self._lock:
                 if job in self._queue:
@@ -151,15 +308,18 @@ class Line:
                     other.error = error
                 if other.woken is not None:
                     other.woken.set()
+            if self._closed:
+                self._drop()
             if next_one is not None:
                 next_one.set()
 
     def _carry(self, batch: list[_Job]) -> None:
+        ends = max([job.ends for job in batch])
         commands = [command for job in batch for command in job.commands]
-        replies = self._ask([_by_digest(command) for command in commands])
+        replies = self._ask([_by_digest(command) for command in commands], ends)
         unknown = _unknown_scripts(commands, replies)
         if unknown:
-            again = self._ask([_in_full(commands[i]) for i in unknown])
+            again = self._ask([_in_full(commands[i]) for i in unknown], ends)
             for i, reply in zip(unknown, again, strict=True):
                 replies[i] = reply
         start = 0
@@ -167,63 +327,123 @@ class Line:
             end = start + len(job.commands)
             job.replies, start = replies[start:end], end
 
-    def _ask(self, commands: Commands) -> list[Any]:
+    def _ask(self, commands: Commands, ends: float) -> list[Any]:
         if self._connection is not None:
             # it may have been closed by the other side long ago: that alone is no failure
             with suppress(exceptions.ConnectionError):
-                return self._send(self._connection, commands)
-        connection = self._connect()
+                return self._send(self._connection, commands, ends)
+        if self._closed:
+            raise ConnectionError("the cache is closed")
+        connection, started = self._connect(), time.monotonic()
         try:
-            connection.connect()
-            self._connection, self.connected = connection, time.monotonic()
-            return self._send(connection, commands)
+            # what it does has a deadline for each step, or, with Sentinel, maybe none
+            self._connecting.run(connection.connect, self.connect_timeout, connection.disconnect)
         except exceptions.TimeoutError as exc:
             raise TimeoutError(str(exc)) from exc
+        self._timed = _timed(connection)
+        self._connection, self.connected = connection, time.monotonic()
+        return self._send(connection, commands, ends + self.connected - started)
 
-    def _send(self, connection: Any, commands: Commands) -> list[Any]:
-        self.trips += 1
+    def _send(self, connection: Any, commands: Commands, ends: float) -> list[Any]:
+        self._trips.add()
         replies: list[Any] = []
         try:
-            connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+            sock = connection._sock
+            if sock is None:
+                raise exceptions.ConnectionError("closed")
+            self._timed.ends = ends
+            for chunk in connection.pack_commands(commands):
+                sock.settimeout(max(0.001, ends - time.monotonic()))
+                connection.send_packed_command([chunk], check_health=False)
             for _ in commands:
                 try:
                     replies.append(connection.read_response(disable_decoding=True))
                 except exceptions.ResponseError as exc:
                     replies.append(exc)
             if any(isinstance(reply, exceptions.ReadOnlyError) for reply in replies):
-                self.close()  # a master that became a replica: who is the master now?
+                self._drop()  # a master that became a replica: who is the master now?
         except BaseException as exc:
-            self.close()
+            self._drop()
+            if self._closed and isinstance(exc, Exception):
+                raise ConnectionError("the cache is closed") from exc
             if isinstance(exc, exceptions.TimeoutError):
                 raise TimeoutError(str(exc)) from exc
             raise
         return replies
 
-    def close(self) -> None:
-        """Close the connection; the next command makes another one."""
+    def _drop(self) -> None:
+        """Close the connection; the next command makes another one. Only for who leads."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.disconnect()
 
+    def close(self) -> None:
+        """Close the connection for good; what is under way fails."""
+        self._closed = True
+        # runs at interpreter exit too, when whoever holds the lock may never go on
+        if not self._lock.acquire(timeout=1.0):
+            return
+        try:
+            connection, leading = self._connection, self._busy
+            if not leading:
+                self._connection = None
+        finally:
+            self._lock.release()
+        if connection is None:
+            return
+        if not leading:
+            connection.disconnect()
+            return
+        sock = connection._sock
+        if sock is not None:
+            with suppress(OSError):  # who leads notices, and does the rest
+                sock.shutdown(socket.SHUT_RDWR)
+
 
 class ClusterLine:
     """The same over a cluster's client, which finds each key's node: one pipeline at a time per
-    caller, since the client has its own connections."""
+    caller, since the client has its own connections; its deadlines are not ours."""
 
-    def __init__(self, client: Any) -> None:
+    connected = -math.inf
+
+    def __init__(self, client: Any, timeout: float, trips: Trips) -> None:
         self._client = client
-        self.trips = 0
-        self.connected = -math.inf
+        self.timeout = timeout
+        self._trips = trips
+        self._bounded = Bounded(8)
 
-    def execute(self, commands: Commands) -> list[Any]:
+    def execute(self, commands: Commands, ends: float | None = None) -> list[Any]:
         """One reply for each command; see ``Line.execute``."""
+        return self.call(lambda: self._ask(commands), ends)
+
+    def call(self, work: Callable[[], T], ends: float | None = None) -> T:
+        """What ``work`` returns, if that is in time."""
+        left = self.timeout if ends is None else ends - time.monotonic()
         try:
-            return self._ask(commands)
+            return self._bounded.run(work, left)
         except exceptions.TimeoutError as exc:
             raise TimeoutError(str(exc)) from exc
 
+    def scan(self, pattern: str, count: int) -> list[bytes]:
+        """The names of all keys like this, on all nodes."""
+        names: list[bytes] = []
+        for node in self.call(self._client.get_primaries):
+            cursor: Any = 0
+            while True:
+                at = cursor
+
+                def step(node: Any = node, at: Any = at) -> Any:
+                    client = self._client.get_redis_connection(node)
+                    return client.scan(at, match=pattern, count=count)
+
+                cursor, found = self.call(step)
+                names += found
+                if int(cursor) == 0:
+                    break
+        return names
+
     def _ask(self, commands: Commands) -> list[Any]:
-        self.trips += 1
+        self._trips.add()
         replies: list[Any] = [None] * len(commands)
         plain = [i for i, command in enumerate(commands) if not isinstance(command[0], Script)]
         if plain:
@@ -250,23 +470,31 @@ class ClusterLine:
         """The client is its maker's to close."""
 
 
+_Asked = tuple[Commands, "asyncio.Future[list[Any]]", float]
+
+
 class AsyncLine:
     """A connection that the tasks of one event loop share; it ends with its loop."""
 
-    def __init__(self, connect: Callable[[], Any]) -> None:
+    def __init__(
+        self, connect: Callable[[], Any], timeout: float = 1.0, trips: Trips | None = None
+    ) -> None:
         self._connect = connect
-        self._queue: list[tuple[Commands, asyncio.Future[list[Any]]]] = []
+        self.timeout = timeout
+        self._trips = trips or Trips()
+        self._queue: list[_Asked] = []
         self._task: asyncio.Task[None] | None = None
         self._connection: Any = None
         self._life: AsyncGenerator[None, None] | None = None
-        self.trips = 0
+        self._closed = False
         self.connected = -math.inf
 
-    async def execute(self, commands: Commands) -> list[Any]:
+    async def execute(self, commands: Commands, ends: float | None = None) -> list[Any]:
         """One reply for each command; see ``Line.execute``."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[list[Any]] = loop.create_future()
-        self._queue.append((commands, answer))
+        ends = time.monotonic() + self.timeout if ends is None else ends
+        self._queue.append((commands, answer, ends))
         if self._task is None or self._task.done():
             self._task = loop.create_task(self._drain())
         return await answer
@@ -288,39 +516,62 @@ class AsyncLine:
         finally:
             self._task = None  # it knows its loop, and the loop is what this line is kept by
 
-    async def _carry(self, batch: list[tuple[Commands, asyncio.Future[list[Any]]]]) -> None:
-        commands = [command for some, _ in batch for command in some]
-        replies = await self._ask([_by_digest(command) for command in commands])
+    async def _carry(self, batch: list[_Asked]) -> None:
+        # who was cancelled before it was his turn asks nothing
+        batch = [asked for asked in batch if not asked[1].done()]
+        if not batch:
+            return
+        ends = max([ends for _, _, ends in batch])
+        commands = [command for some, _, _ in batch for command in some]
+        replies = await self._ask([_by_digest(command) for command in commands], ends)
         unknown = _unknown_scripts(commands, replies)
         if unknown:
-            again = await self._ask([_in_full(commands[i]) for i in unknown])
+            again = await self._ask([_in_full(commands[i]) for i in unknown], ends)
             for i, reply in zip(unknown, again, strict=True):
                 replies[i] = reply
         start = 0
-        for some, answer in batch:
+        for some, answer, _ in batch:
             end = start + len(some)
             if not answer.done():
                 answer.set_result(replies[start:end])
             start = end
 
-    async def _ask(self, commands: Commands) -> list[Any]:
+    async def _ask(self, commands: Commands, ends: float) -> list[Any]:
         if self._connection is not None:
             with suppress(exceptions.ConnectionError):
-                return await self._send(self._connection, commands)
-        connection = self._connect()
+                return await self._send(self._connection, commands, ends)
+        if self._closed:
+            raise ConnectionError("the cache is closed")
+        connection, started = self._connect(), time.monotonic()
         try:
             await connection.connect()
-            self._connection, self.connected = connection, time.monotonic()
-            if self._life is None:
-                self._life = self._until_the_loop_ends()
-                await self._life.__anext__()
-            return await self._send(connection, commands)
         except exceptions.TimeoutError as exc:
             raise TimeoutError(str(exc)) from exc
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        self._connection, self.connected = connection, time.monotonic()
+        if self._closed:
+            await self._disconnect()
+            raise ConnectionError("the cache is closed")
+        if self._life is None:
+            self._life = self._until_the_loop_ends()
+            await self._life.__anext__()
+        return await self._send(connection, commands, ends + self.connected - started)
 
-    async def _send(self, connection: Any, commands: Commands) -> list[Any]:
-        self.trips += 1
+    async def _send(self, connection: Any, commands: Commands, ends: float) -> list[Any]:
+        self._trips.add()
         replies: list[Any] = []
+        late = False
+
+        def abort() -> None:
+            nonlocal late
+            late = True
+            if connection._writer is not None:
+                connection._writer.transport.abort()
+
+        left = max(0.0, ends - time.monotonic())
+        timer = asyncio.get_running_loop().call_later(left, abort)
         try:
             await connection.send_packed_command(
                 b"".join(connection.pack_commands(commands)), check_health=False
@@ -337,9 +588,13 @@ class AsyncLine:
         except BaseException as exc:
             self._connection = None
             await connection.disconnect(nowait=True)
-            if isinstance(exc, exceptions.TimeoutError):
-                raise TimeoutError(str(exc)) from exc
+            if self._closed and isinstance(exc, Exception):
+                raise ConnectionError("the cache is closed") from exc
+            if isinstance(exc, exceptions.TimeoutError) or (late and isinstance(exc, Exception)):
+                raise TimeoutError(str(exc) or "no answer from Redis in time") from exc
             raise
+        finally:
+            timer.cancel()
         return replies
 
     async def _until_the_loop_ends(self) -> AsyncGenerator[None, None]:
@@ -351,9 +606,34 @@ class AsyncLine:
             await self._disconnect()
 
     async def aclose(self) -> None:
-        """Close the connection; the next command makes another one."""
+        """Close the connection for good; what is under way fails."""
+        self._closed = True
         if self._life is not None:
             await self._life.aclose()
+
+    def abandon(self) -> None:
+        """In a forked child: the connection is the parent's, and so is what its loop waits with,
+        so it must not even be closed."""
+        self._closed = True
+        connection, self._connection = self._connection, None
+        writer = getattr(connection, "_writer", None)
+        if writer is None:
+            return
+        connection._writer = connection._reader = None
+        transport = writer.transport
+        # closing would tell the parent's selector to watch the socket no more
+        for layer in (
+            transport,
+            getattr(getattr(transport, "_ssl_protocol", None), "_transport", 0),
+        ):
+            sock = getattr(layer, "_sock", None)
+            for name in ("_closing", "_closed"):
+                if hasattr(layer, name):
+                    setattr(layer, name, True)
+            if sock is not None:
+                layer._sock = None
+                with suppress(OSError):
+                    os.close(sock.detach())
 
     async def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
@@ -361,7 +641,7 @@ class AsyncLine:
             await connection.disconnect(nowait=True)
 
 
-def _fail(batch: list[tuple[Commands, asyncio.Future[list[Any]]]], error: Exception) -> None:
-    for _, answer in batch:
+def _fail(batch: list[_Asked], error: Exception) -> None:
+    for _, answer, _ in batch:
         if not answer.done():
             answer.set_exception(error)

@@ -37,13 +37,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from langgraph.cache.base import FullKey, Namespace
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from langgraph_perf.caches._redis_connect import Source
-from langgraph_perf.caches._redis_lines import AsyncLine, ClusterLine, Command, Line, Script
+from langgraph_perf.caches._redis_lines import AsyncLine, ClusterLine, Command, Line, Script, Trips
 from langgraph_perf.caches._redis_listener import Listener
 from langgraph_perf.caches._redis_view import VIEW_SECONDS, TagView
 from langgraph_perf.caches.base import (
@@ -65,7 +66,8 @@ from langgraph_perf.caches.entry import namespace_digest, pack_as, unpack_as
 from langgraph_perf.errors import ConfigurationError
 
 T = TypeVar("T")
-Steps = Generator[list[Command], list[Any], T]
+Steps = Generator["list[Command] | Callable[[], Any]", Any, T]
+"""Commands to be answered, or work that may block."""
 
 _ENTRY = f"e{MAGIC[-1]}"
 """Versions of this library that store entries differently do not meet, but share their tags."""
@@ -74,6 +76,8 @@ _AT_ONCE = 64
 """Most keys of one ``MGET``: what is worked off in one go, which an event loop must stand."""
 _COPIES = 16
 """Entries copied at a time: they go both ways, and each way in one batch that has a deadline."""
+_LARGE = 2**18
+"""Bytes from which on packing and unpacking is not for an event loop."""
 _SCAN = 1000
 _MEMBER = re.compile(rb"[0-9a-f]{32}")
 _TOKEN_LENGTH = 16
@@ -83,8 +87,8 @@ _POLL = 0.1
 # KEYS: entry, lease. ARGV: token or '', milliseconds or '0', channel, entry.
 _WRITE = Script("""
 if ARGV[1] ~= '' and redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
-local mark = redis.pcall('GETRANGE', KEYS[1], 4, 6)
-if mark ~= '' and mark ~= 'LGP' then return -1 end
+if redis.call('EXISTS', KEYS[1]) == 1 and redis.pcall('GETRANGE', KEYS[1], 4, 7) ~= 'LGP\\2'
+then return -1 end
 if ARGV[2] == '0' then redis.call('SET', KEYS[1], ARGV[4])
 else redis.call('SET', KEYS[1], ARGV[4], 'PX', ARGV[2]) end
 if redis.call('DEL', KEYS[2]) == 1 then redis.pcall('PUBLISH', ARGV[3], '') end
@@ -94,8 +98,8 @@ return 1
 # becomes the token if there is none, seconds that it lives. What has expired leaves the index.
 _WRITE_OWNED = Script("""
 if ARGV[1] ~= '' and redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
-local mark = redis.pcall('GETRANGE', KEYS[1], 4, 6)
-if mark ~= '' and mark ~= 'LGP' then return -1 end
+if redis.call('EXISTS', KEYS[1]) == 1 and redis.pcall('GETRANGE', KEYS[1], 4, 7) ~= 'LGP\\2'
+then return -1 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local gone = redis.pcall('ZREMRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now))
@@ -210,15 +214,16 @@ class RedisCache(TokenCache):
         self._presence = f"{self._root}views".encode()
         self._viewers = f"{self._root}viewers".encode()
         self._counting = threading.Lock()
+        self._trips = Trips()
         self._connect()
 
     def _connect(self) -> None:
         source = self._source
         self._line: Line | ClusterLine
         if source.connect is None:
-            self._line = ClusterLine(source.cluster)
+            self._line = ClusterLine(source.cluster, self.timeout, self._trips)
         else:
-            self._line = Line(source.connect, self.timeout + self.connect_timeout)
+            self._line = Line(source.connect, self.timeout, self.connect_timeout, self._trips)
         self._lines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncLine] = (
             weakref.WeakKeyDictionary()
         )
@@ -229,8 +234,7 @@ class RedisCache(TokenCache):
     @property
     def round_trips(self) -> int:
         """How many batches of commands went to the server from here, without the listener's."""
-        with self._counting:
-            return self._line.trips + sum([line.trips for line in self._lines.values()])
+        return self._trips.count
 
     def ping(self) -> None:
         """Check that the server can be used.
@@ -274,7 +278,7 @@ class RedisCache(TokenCache):
 
     def clear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Delete what is in exactly these namespaces; ``None`` deletes everything."""
-        self._settle(self._do(self._clearing(namespaces)))
+        self._settle(self._do(self._clearing(namespaces), at_once=False))
 
     async def aread(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
         """Like ``read``, without blocking the event loop."""
@@ -292,26 +296,27 @@ class RedisCache(TokenCache):
         self, source: Namespace, target: Namespace, deps: Mapping[str, tuple[str, str]]
     ) -> int:
         """Copy what is servable in one owned namespace into another; see ``Cache``."""
-        return self._do(self._copying(source, target, deps))
+        return self._do(self._copying(source, target, deps), at_once=False)
 
     async def acopy(
         self, source: Namespace, target: Namespace, deps: Mapping[str, tuple[str, str]]
     ) -> int:
         """Like ``copy``, without blocking the event loop."""
-        return await self._ado(self._copying(source, target, deps))
+        return await self._ado(self._copying(source, target, deps), at_once=False)
 
     async def aclear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Like ``clear``, without blocking the event loop."""
-        await self._asettle(await self._ado(self._clearing(namespaces)))
+        await self._asettle(await self._ado(self._clearing(namespaces), at_once=False))
 
     def _reading(self, lookups: Sequence[Lookup]) -> Steps[list[Entry | None]]:
         if self._closed or not lookups:
             return self._checked(lookups, [None] * len(lookups), {})
         # what was stored through tiers depends on its namespace as well
-        tags = list(dict.fromkeys([namespace_tag(lookup.key[0]) for lookup in lookups]))
+        unique = dict.fromkeys([namespace_tag(lookup.key[0]) for lookup in lookups])
         for lookup in lookups:
             if lookup.tags:
-                tags += [tag for tag in lookup.tags if tag not in tags]
+                unique.update(dict.fromkeys(lookup.tags))
+        tags = list(unique)
         since = self._mark()
         blobs = yield from self._get(
             [self._key_name(_ENTRY, lookup.key) for lookup in lookups]
@@ -348,12 +353,14 @@ class RedisCache(TokenCache):
             entry = None
             if blobs[i] is not None:
                 namespace = lookup.key[0]
-                entry = self._unsealed(
+                unseal = partial(
+                    self._unsealed,
                     key_digest(lookup.key),
                     blobs[i],
                     owned(namespace),
                     None if current is None else current.get(namespace_tag(namespace), ""),
                 )
+                entry = (yield unseal) if len(blobs[i]) > _LARGE else unseal()
             entries.append(entry if entry is not None and timely(entry, lookup, now) else None)
         return entries
 
@@ -374,7 +381,8 @@ class RedisCache(TokenCache):
         if self._closed:
             return False
         token = lease.token if lease is not None else ""
-        (reply,) = yield [self._write(key_digest(key), owned(key[0]), entry, token)]
+        write = partial(self._write, key_digest(key), owned(key[0]), entry, token)
+        (reply,) = yield [(yield write) if len(entry.payload) > _LARGE else write()]
         return self._stored(reply)
 
     def _write(self, digest: bytes, is_owned: bool, entry: Entry, token: str) -> Command:
@@ -493,8 +501,9 @@ class RedisCache(TokenCache):
         )
         names: list[bytes]
         if self._source.cluster is not None:
-            names = list(self._source.cluster.scan_iter(match=pattern, count=_SCAN))
-            names = [name for name in names if ours.fullmatch(name)]
+            line = self._line
+            assert isinstance(line, ClusterLine)
+            names = [name for name in line.scan(pattern, _SCAN) if ours.fullmatch(name)]
             for at in range(0, len(names), _SCAN):
                 for reply in (yield [("UNLINK", name) for name in names[at : at + _SCAN]]):
                     _good(reply)
@@ -580,9 +589,13 @@ class RedisCache(TokenCache):
                     commands.append(("EXPIRE", name, _TOKEN_SECONDS))
             if commands:
                 made = [tag for tag in some if tag not in current]
-                replies = [_good(reply) for reply in (yield commands)]
+                replies = yield commands
                 got = [r for c, r in zip(commands, replies, strict=True) if c[0] == "GET"]
-                current.update(_tokens(made, got))
+                # where something else has a tag's name, nothing is served; others have theirs
+                current.update(_tokens(made, _values(got)))
+                for command, reply in zip(commands, replies, strict=True):
+                    if command[0] != "GET":
+                        _good(reply)
         self._learn(since, current)
         # one that was dropped meanwhile: a token that matches nothing
         return tuple([current.get(tag) or new_token() for tag in tags])
@@ -764,28 +777,36 @@ class RedisCache(TokenCache):
     def _get(self, names: Sequence[str]) -> Steps[list[Any]]:
         return _values((yield self._gets(names)))
 
-    def _do(self, steps: Steps[T]) -> T:
+    def _do(self, steps: Steps[T], at_once: bool = True) -> T:
+        """Carry out ``steps``, ``at_once`` with one deadline for them all."""
+        ends = time.monotonic() + self.timeout if at_once else None
         try:
-            commands = next(steps)
+            asked = next(steps)
             while True:
-                commands = steps.send(self._line.execute(commands) if commands else [])
+                if callable(asked):
+                    asked = steps.send(asked())
+                else:
+                    asked = steps.send(self._line.execute(asked, ends) if asked else [])
         except StopIteration as stop:
             result: T = stop.value
             return result
         finally:
             steps.close()
 
-    async def _ado(self, steps: Steps[T]) -> T:
+    async def _ado(self, steps: Steps[T], at_once: bool = True) -> T:
         if self._source.aconnect is None:
-            return await self._offload(self._do, steps)
+            return await self._offload(self._do, steps, at_once)
+        ends = time.monotonic() + self.timeout if at_once else None
         try:
-            commands = next(steps)
+            asked = next(steps)
             while True:
-                if commands:
-                    commands = steps.send(await self._async_line().execute(commands))
+                if callable(asked):
+                    asked = steps.send(await self._offload(asked))
+                elif asked:
+                    asked = steps.send(await self._async_line().execute(asked, ends))
                 else:
                     await asyncio.sleep(0)
-                    commands = steps.send([])
+                    asked = steps.send([])
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -796,11 +817,14 @@ class RedisCache(TokenCache):
         loop = asyncio.get_running_loop()
         line = self._lines.get(loop)
         if line is None:
+            if self._closed:
+                raise ConnectionError("the cache is closed")
             assert self._source.aconnect is not None
             with self._counting:
                 for old in [old for old in self._lines if old.is_closed()]:
                     del self._lines[old]
-                line = self._lines[loop] = AsyncLine(self._source.aconnect)
+                line = AsyncLine(self._source.aconnect, self.timeout, self._trips)
+                self._lines[loop] = line
         return line
 
     # -- what the server says unasked -------------------------------------------------------------
@@ -854,6 +878,7 @@ class RedisCache(TokenCache):
 
     async def aclose(self) -> None:
         """Like ``close``, without blocking the event loop."""
+        self._closed = True
         line = self._lines.pop(asyncio.get_running_loop(), None)
         if line is not None:
             await line.aclose()
@@ -861,7 +886,10 @@ class RedisCache(TokenCache):
 
     def _after_fork(self) -> None:
         super()._after_fork()
-        # the connections are the parent's
+        # the connections are the parent's; what is thrown away here, Python would close
+        _parents.append((self._line, list(self._lines.items()), self._view))
+        for line in self._lines.values():
+            line.abandon()
         if self._listener is not None:
             self._listener.abandon()
         self._finalizer.detach()
@@ -897,6 +925,8 @@ def _spawn(loop: asyncio.AbstractEventLoop, line: AsyncLine) -> None:
 
 
 _closing: set[asyncio.Task[None]] = set()
+_parents: list[Any] = []
+"""In a forked child, what it inherited."""
 
 
 def _good(reply: Any) -> Any:

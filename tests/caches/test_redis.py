@@ -210,6 +210,25 @@ async def test_sentinel(own_server: Server, prefix: str, tmp_path: Any) -> None:
             RedisCache(aclient)
 
 
+async def test_a_sentinel_that_hangs(own_server: Server, prefix: str, tmp_path: Any) -> None:
+    """Asking a Sentinel for the master has a deadline, also when its client has none."""
+    port = free_port()
+    config = tmp_path / "sentinel.conf"
+    config.write_text(f"port {port}\nsentinel monitor main 127.0.0.1 {own_server.port} 1\n")
+    with Server.sentinel(port, config) as sentinel, own_server.client() as admin:
+        client = Sentinel([("127.0.0.1", port)]).master_for("main")
+        with RedisCache(client, prefix=prefix, timeout=0.3, connect_timeout=0.3) as cache:
+            cache.ping()
+            with sentinel.stopped():
+                admin.client_kill_filter(_type="normal", skipme=True)
+                started = time.monotonic()
+                with pytest.raises(TimeoutError):
+                    cache.read([Lookup(KEY)])
+                with pytest.raises(TimeoutError):
+                    await cache.aread([Lookup(KEY)])
+                assert time.monotonic() - started < 3.0
+
+
 def test_without_the_extra() -> None:
     """Who has no redis package learns what to install, when it is asked for and not before."""
     code = (
@@ -293,24 +312,25 @@ def test_a_follower_that_leaves_is_not_waited_for(
     redis_server: Server, prefix: str, proxy: Proxy
 ) -> None:
     """Who gives up waiting, or is interrupted, while others use the line passes his turn on."""
-    proxy.delay = 0.3
     with RedisCache(proxy.url, prefix=prefix, timeout=5.0) as cache, ThreadPoolExecutor(3) as pool:
+        cache.ping()
+        proxy.delay = 0.3
         line = cache._line
         assert isinstance(line, Line)
         leader = pool.submit(cache.read, [Lookup(KEY)])
         while not line._busy:
             time.sleep(0.001)
-        line._patience = 0.05
+        cache.timeout = 0.05
         with pytest.raises(TimeoutError):
             cache.read([Lookup(KEY)])
-        line._patience = 10.0
+        cache.timeout = 10.0
 
         class Interrupted(threading.Event):
             def wait(self, timeout: float | None = None) -> bool:
                 super().wait(timeout)
                 raise KeyboardInterrupt
 
-        job = _Job([("PING",)])
+        job = _Job([("PING",)], time.monotonic() + 10)
         job.woken = Interrupted()
         with line._lock:
             line._queue.append(job)
@@ -332,6 +352,117 @@ def test_a_connection_that_was_closed_meanwhile_is_made_anew(
             proxy.reset()
         assert cache.read([Lookup(KEY)]) == [entry(b"2")]
         assert proxy.connections == 4
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_an_answer_that_drips_has_one_deadline(
+    redis_server: Server, prefix: str, proxy: Proxy, mode: str
+) -> None:
+    """However many pieces an answer comes in, the operation ends in time."""
+    with RedisCache(proxy.url, prefix=prefix, timeout=0.3) as cache:
+        cache.write(KEY, entry(b"x" * 400_000))
+        assert cache.read([Lookup(KEY)]) != [None]
+        proxy.drip = 0.05
+
+        async def read() -> None:
+            await cache.aread([Lookup(KEY)])
+
+        started = time.monotonic()
+        with pytest.raises(TimeoutError):
+            cache.read([Lookup(KEY)]) if mode == "sync" else asyncio.run(read())
+        assert time.monotonic() - started < 2.0
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_closing_in_the_middle(redis_server: Server, prefix: str, proxy: Proxy, mode: str) -> None:
+    """What is under way when a cache is closed ends, and no connection is made again."""
+    cache = RedisCache(proxy.url, prefix=prefix, timeout=5.0)
+
+    def check(line: Any, error: BaseException | None) -> None:
+        assert isinstance(error, (ConnectionError, redis.ConnectionError))
+        assert line._connection is None
+        assert proxy.connections == 1
+
+    async def amain() -> None:
+        await cache.aping()
+        proxy.delay = 1.0
+        line = cache._async_line()
+        before = cache.round_trips
+        reading = asyncio.create_task(cache.aread([Lookup(KEY)]))
+        while cache.round_trips == before:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0)
+        await cache.aclose()
+        (error,) = await asyncio.gather(reading, return_exceptions=True)
+        assert isinstance(error, BaseException)
+        check(line, error)
+
+    if mode == "async":
+        asyncio.run(amain())
+        return
+    cache.ping()
+    proxy.delay = 1.0
+    line = cache._line
+    assert isinstance(line, Line)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(cache.read, [Lookup(KEY)])
+        while not line._busy:
+            time.sleep(0.001)
+        cache.close()
+        check(line, reading.exception(10))
+
+
+def test_round_trips_are_never_uncounted(cache: RedisCache) -> None:
+    """The trips of event loops that have ended are still counted."""
+    counts = []
+    for _ in range(3):
+        asyncio.run(cache.aread([Lookup(KEY)]))
+        gc.collect()
+        counts.append(cache.round_trips)
+    assert counts == [1, 2, 3]
+
+
+async def test_what_is_large_is_packed_off_the_loop(cache: RedisCache) -> None:
+    """Sealing and unsealing megabytes blocks no event loop."""
+    threads = []
+    pack, unseal = cache._write, cache._unsealed
+
+    def noted(work: Any) -> Any:
+        def run(*args: Any) -> Any:
+            threads.append(threading.current_thread())
+            return work(*args)
+
+        return run
+
+    cache._write, cache._unsealed = noted(pack), noted(unseal)  # type: ignore[method-assign]
+    large = entry(b"x" * 1_000_000)
+    assert await cache.awrite(KEY, large)
+    assert await cache.aread([Lookup(KEY)]) == [large]
+    assert threading.current_thread() not in threads
+    assert len(threads) == 2
+
+
+def test_many_tags(cache: RedisCache) -> None:
+    """The time a lookup takes grows with the number of its tags, not faster."""
+    some = [Lookup(key, tuple([tag_id(f"{key}{i}") for i in range(10_000)])) for key in keys(2)]
+    started = time.thread_time()
+    next(cache._reading(some))
+    assert time.thread_time() - started < 0.5
+
+
+def test_a_tag_whose_name_is_taken(cache: RedisCache, redis_server: Server) -> None:
+    """What depends on it is not served; other tags are not concerned; invalidating it heals it."""
+    cache.tag_tokens([DOCS])
+    with redis_server.client() as client:
+        (name,) = client.scan_iter(match=f"{cache.prefix}:1:t:*")
+        client.delete(name)
+        client.rpush(name, "theirs")
+    bad, good = cache.tag_tokens([DOCS, tag_id("good")])
+    assert cache.peek_tags([DOCS, tag_id("good")]) == {tag_id("good"): good}
+    cache.write(KEY, entry(deps=((DOCS, bad),)))
+    assert cache.read([Lookup(KEY)]) == [None]
+    cache.invalidate("docs")
+    store(cache)
+    assert cache.read([Lookup(KEY)]) != [None]
 
 
 def test_many_loops(cache: RedisCache) -> None:
@@ -515,7 +646,7 @@ def test_neighbours_are_left_alone(cache: RedisCache, redis_server: Server, pref
         assert left == {name.encode() for name in others if name.startswith(f"{prefix}:")}
 
 
-@pytest.mark.parametrize("kind", ["string", "list", "later version"])
+@pytest.mark.parametrize("kind", ["string", "short", "list", "similar", "later version"])
 def test_what_is_not_ours_is_neither_served_nor_overwritten(
     cache: RedisCache, redis_server: Server, kind: str
 ) -> None:
@@ -527,7 +658,13 @@ def test_what_is_not_ours_is_neither_served_nor_overwritten(
         if kind == "list":
             client.rpush(name, "theirs")
         else:
-            client.set(name, b"\x08\0\0\0XYZ\x02..." if kind == "later version" else b"theirs")
+            theirs = {
+                "string": b"theirs",
+                "short": b"1",
+                "similar": b"\x08\0\0\0LGP-not-ours",
+                "later version": b"\x08\0\0\0XYZ\x02...",
+            }
+            client.set(name, theirs[kind])
         before = client.dump(name)
         assert cache.read([Lookup(KEY)]) == [None]
         assert cache.write(KEY, entry()) is False

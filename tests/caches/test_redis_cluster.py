@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +15,9 @@ import redis
 import redis.asyncio
 
 from langgraph_perf import ConfigurationError, MemoryCache, RedisCache, TieredCache
-from langgraph_perf.caches.base import Cache
-from langgraph_perf.testing import Clock
-from tests.redis_server import cluster
+from langgraph_perf.caches.base import Cache, Lookup
+from langgraph_perf.testing import KEY, Clock, entry
+from tests.redis_server import cluster, new_prefix
 
 from .test_conformance import OnRedis, ServersClock
 
@@ -64,3 +68,32 @@ def test_clients_that_cannot_serve(client: Any) -> None:
     decoding.close()
     with pytest.raises(ConfigurationError, match=r"redis\.RedisCluster"):
         RedisCache(redis.asyncio.RedisCluster(host=node.host, port=node.port))
+
+
+def test_nodes_that_hang(client: Any) -> None:
+    """Every operation has the cache's deadline, whatever the client's; when they go on, it does."""
+    prefix = new_prefix()
+    nodes = client.info("server", target_nodes=redis.RedisCluster.ALL_NODES)
+    pids = [info["process_id"] for info in nodes.values()]
+    with RedisCache(client, prefix=prefix, timeout=0.3) as cache:
+        assert cache.write(KEY, entry())
+
+        async def read() -> None:
+            await cache.aread([Lookup(KEY)])
+
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            with pytest.raises(TimeoutError):
+                cache.read([Lookup(KEY)])
+            with pytest.raises(TimeoutError):
+                asyncio.run(read())
+            with pytest.raises(TimeoutError):
+                cache.clear()
+            assert time.monotonic() - started < 3.0
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        cache.timeout = 10.0
+        assert cache.read([Lookup(KEY)]) == [entry()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -292,3 +293,30 @@ def test_a_forked_child_has_connections_of_its_own(redis_server: Server) -> None
         assert pipe.recv() == (b"parent", b"parent")
     assert cache.read([Lookup((("n",), "child"))])[0].payload == b"child"
     cache.close()
+
+
+async def test_forking_inside_a_loop(redis_server: Server) -> None:
+    """A child that uses and drops what it inherited leaves the parent's connections alone."""
+    cache = RedisCache(redis_server.url, prefix=new_prefix(), timeout=5.0)
+    await cache.awrite(KEY, Entry(b"parent", time.time()))
+    line = cache._async_line()
+    connection = line._connection
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            gc.collect()
+            (found,) = cache.read([Lookup(KEY)])
+            cache.close()
+            gc.collect()
+            code = 0 if found is not None and connection is not None else 2
+        finally:
+            os._exit(code)
+    _, status = await asyncio.to_thread(os.waitpid, pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    for _ in range(3):
+        (found,) = await cache.aread([Lookup(KEY)])
+        assert found is not None
+        assert found.payload == b"parent"
+    assert line._connection is connection
+    await cache.aclose()
