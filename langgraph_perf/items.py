@@ -15,13 +15,12 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import var_child_runnable_config
 
 from langgraph_perf import codec, keys
-from langgraph_perf._backend import Backend
 from langgraph_perf._binding import BINDING, Binding
 from langgraph_perf._drive import NOBODY, adrive, cancellations, drive
 from langgraph_perf._flight import Flight, held_flights
 from langgraph_perf._gathering import depends
 from langgraph_perf._identity import call_marks, call_owner
-from langgraph_perf._owner import Owner
+from langgraph_perf._place import NOWHERE, Place
 from langgraph_perf._sealing import Seal
 from langgraph_perf._steps import Call, Ran
 from langgraph_perf._watch import Watch, current_config
@@ -33,8 +32,6 @@ from langgraph_perf.stats import NodeCounters
 K = TypeVar("K")
 T = TypeVar("T")
 logger = logging.getLogger("langgraph_perf")
-
-NAMESPACE = "langgraph_perf.items"
 
 
 def get_cache(namespace: str, config: RunnableConfig | None = None) -> ItemCache:
@@ -59,52 +56,17 @@ def get_cache(namespace: str, config: RunnableConfig | None = None) -> ItemCache
     config = config or var_child_runnable_config.get() or {}
     binding: Binding | None = (config.get("configurable") or {}).get(BINDING)
     if binding is None or binding.backend is None:
-        return ItemCache(namespace, _NOWHERE, _NO_CONTROL, NodeCounters())
+        return ItemCache(namespace, NOWHERE, _NO_CONTROL, NodeCounters())
     conf, metadata = config.get("configurable") or {}, config.get("metadata") or {}
     control = binding.control.for_node(metadata.get("langgraph_node", ""))
     owner = call_owner(f"get_cache({namespace!r})", control.scope or "global", conf, binding)
-    place = _Place(
+    place = Place(
         binding.backend,
         owner,
         call_marks(owner, conf, metadata),
         Seal.of(binding.serde, binding.backend.cache),
     )
     return ItemCache(namespace, place, control, binding.items.of(namespace), config)
-
-
-class _Place(NamedTuple):
-    """Where items are kept, for whom, and under which seal."""
-
-    backend: Backend | None = None
-    owner: Owner | None = None
-    marks: tuple[str, ...] = ()
-    seal: Seal | None = None
-
-    def lookup(
-        self, namespace: str, key: Any, tags: tuple[str, ...], max_age: float | None
-    ) -> Lookup:
-        """How the item ``key`` is found.
-
-        Raises:
-            keys.Unkeyable: it cannot be.
-        """
-        parts: list[tuple[str, Any]] = [("key", key)]
-        where: tuple[str, ...] = (NAMESPACE, namespace)
-        if self.seal is not None:
-            parts.append(("sealed", True))
-        if self.owner is not None:
-            parts.append(("items", namespace))
-            where = self.owner.namespace
-        return Lookup((where, keys.digest(*parts)), tags, max_age)
-
-    def load(self, name: str, payload: bytes) -> Any:
-        """The value stored under the key ``name``."""
-        return codec.decode(payload if self.seal is None else self.seal.opened(name, payload))
-
-    def dump(self, name: str, value: Any) -> bytes:
-        """What to store under the key ``name``."""
-        payload = codec.encode(value)
-        return payload if self.seal is None else self.seal.closed(name, payload)
 
 
 class _Missed(NamedTuple):
@@ -124,7 +86,7 @@ class ItemCache:
     def __init__(
         self,
         namespace: str,
-        place: _Place,
+        place: Place,
         control: CacheControl,
         counters: NodeCounters,
         config: RunnableConfig | None = None,
@@ -452,4 +414,3 @@ def _unseen(entry: Entry) -> None:
 
 
 _NO_CONTROL = CacheControl()
-_NOWHERE = _Place()

@@ -1,0 +1,51 @@
+"""Where the items of ``get_cache`` are kept, for whom, and under which seal."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from langgraph_perf import codec, keys
+from langgraph_perf._backend import Backend
+from langgraph_perf._owner import Owner
+from langgraph_perf._sealing import Seal
+from langgraph_perf.caches.base import Lookup
+
+NAMESPACE = "langgraph_perf.items"
+
+
+class Place(NamedTuple):
+    """Where items are kept, for whom, and under which seal."""
+
+    backend: Backend | None = None
+    owner: Owner | None = None
+    marks: tuple[str, ...] = ()
+    seal: Seal | None = None
+
+    def lookup(
+        self, namespace: str, key: Any, tags: tuple[str, ...], max_age: float | None
+    ) -> Lookup:
+        """How the item ``key`` is found.
+
+        Raises:
+            keys.Unkeyable: it cannot be.
+        """
+        parts: list[tuple[str, Any]] = [("key", key)]
+        where: tuple[str, ...] = (NAMESPACE, namespace)
+        if self.seal is not None:
+            parts.append(("sealed", True))
+        if self.owner is not None:
+            parts.append(("items", namespace))
+            where = self.owner.namespace
+        return Lookup((where, keys.digest(*parts)), tags, max_age)
+
+    def load(self, name: str, payload: bytes) -> Any:
+        """The value stored under the key ``name``."""
+        return codec.decode(payload if self.seal is None else self.seal.opened(name, payload))
+
+    def dump(self, name: str, value: Any) -> bytes:
+        """What to store under the key ``name``."""
+        payload = codec.encode(value)
+        return payload if self.seal is None else self.seal.closed(name, payload)
+
+
+NOWHERE = Place()
