@@ -1,7 +1,8 @@
-"""Checkpointers, side by side with LangGraph's own.
+"""Checkpointers, side by side with LangGraph's own, and what threads own in the cache.
 
-On a private PostgreSQL server that waits for its disk as any server in production does, or in a
-database of its own on the one that ``POSTGRES_DSN`` names.
+The pools run on a private PostgreSQL server that waits for its disk as any server in production
+does, or in a database of its own on the one that ``POSTGRES_DSN`` names; what threads own is also
+forgotten in Redis, on a private server or on the one that ``REDIS_URL`` names.
 
 ``python -m benchmarks.bench_checkpoint [--json FILE] [--quick] [--only NAME ...]``
 """
@@ -12,18 +13,24 @@ import asyncio
 import operator
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from itertools import count
 from secrets import token_hex
 from statistics import median
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, Literal
 from unittest.mock import patch
 
 import psycopg
+import redis
 from langgraph.checkpoint.postgres import PostgresSaver
 from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
+from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.graph import START, StateGraph
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
@@ -35,19 +42,28 @@ from benchmarks._harness import (
     Effort,
     Result,
     compare,
+    each,
     event_loop,
     program,
     result,
 )
+from benchmarks.bench_redis import server as redis_server
 from examples.knowledge_base import databases
-from langgraph_perf import Pool
+from langgraph_perf import CachePolicy, DiskCache, MemoryCache, Pool, RedisCache
+from langgraph_perf import StateGraph as CachedStateGraph
+from langgraph_perf._backend import owner_tag
+from langgraph_perf._owner import thread_namespace
 from langgraph_perf._pooled_saver import PooledCheckpointer
+from langgraph_perf.caches.base import Cache, Entry
 
 THOROUGH = Effort(rounds=41)
 QUICK = Effort(rounds=9, size=0.25)
 
 CONNECTIONS = 8
 THREADS = 32
+THREADS_KEPT, ENTRIES = 10_000, 20
+"""Threads that own something in a cache, and how many entries each."""
+THREADS_KEPT_QUICKLY, THREADS_FEW = 200, 100
 FASTER = 1.5
 """How many times the invokes per second of the alternative there shall be at least."""
 
@@ -223,16 +239,244 @@ def _sync(dsn: str, threads: int, effort: Effort) -> Comparison:
         return compare(batch(sides[0]), batch(sides[1]), effort)
 
 
+# -- thread-scope ----------------------------------------------------------------------------------
+
+
+def thread_scope(effort: Effort) -> Iterator[Result]:
+    """Three cached nodes whose results are their thread's, or everybody's; and the thread's end."""
+    # an invoke waits for the disk several times, now longer, now shorter
+    longer = replace(effort, rounds=2 * effort.rounds, batch_seconds=5 * effort.batch_seconds)
+    with _cached_nodes("thread") as ours, _cached_nodes("global") as theirs:
+        for row, question, config in (
+            ("invoke, cold, a new thread", None, None),
+            ("invoke, cold, the same thread", None, {"configurable": {"thread_id": "same"}}),
+            ("invoke, warm", {"question": "?"}, {"configurable": {"thread_id": "same"}}),
+        ):
+
+            def ask(graph: Any, question: Any = question, config: Any = config) -> None:
+                graph.invoke(question or {"question": next(_numbers)}, config or _question()[1])
+
+            times = compare(each(lambda: ask(ours)), each(lambda: ask(theirs)), longer)
+            yield result(row, 'scope="global"', times, target=1.05)
+    for entries in (3, 0):
+        yield _deletion(entries, effort)
+
+
+class Cached(TypedDict, total=False):
+    question: int | str
+    a: str
+    b: str
+    c: str
+
+
+@contextmanager
+def _cached_nodes(scope: Literal["thread", "global"] | None) -> Iterator[Any]:
+    """Three nodes in a row whose results are cached on disk, with checkpoints in a file."""
+    builder = CachedStateGraph(Cached)
+    for before, name in ((START, "a"), ("a", "b"), ("b", "c")):
+        policy = CachePolicy(key=["question"], scope=scope) if scope else None
+        builder.add_node(name, _node(name), cache_policy=policy)
+        builder.add_edge(before, name)
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        SqliteSaver.from_conn_string(os.path.join(directory, "checkpoints.db")) as saver,
+        ExitStack() as stack,
+    ):
+        cache = stack.enter_context(DiskCache(directory)) if scope else None
+        yield builder.compile(checkpointer=saver, cache=cache)
+
+
+def _node(name: str) -> Callable[[Cached], Any]:
+    return lambda state: {name: f"an answer to {state['question']}"}
+
+
+def _deletion(entries: int, effort: Effort) -> Result:
+    """``delete_thread`` of a thread that has checkpoints and so many entries."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    bypass = {} if entries else {"cache_control": {"mode": "bypass"}}
+    with _cached_nodes("thread") as ours, _cached_nodes(None) as theirs:
+        for number in range(effort.rounds + 1):
+            for side in (0, 1) if number % 2 else (1, 0):
+                graph, thread = (ours, theirs)[side], f"thread {number}"
+                graph.invoke({"question": "?"}, {"configurable": {"thread_id": thread, **bypass}})
+                started = time.perf_counter()
+                graph.checkpointer.delete_thread(thread)
+                if number:  # the first one warms up
+                    seconds[side].append(time.perf_counter() - started)
+        if left := ours.cache.stats().entries:
+            raise RuntimeError(f"{left} entries are left of threads that were deleted")
+    return result(f"delete_thread, {entries} entries", "no cache", Comparison(*seconds))
+
+
+# -- forget ----------------------------------------------------------------------------------------
+
+
+def forget(effort: Effort) -> Iterator[Result]:
+    """Forgetting one of many threads, against one of few: what the cache does for it, and how long
+    it takes. The first may not depend on what others own."""
+    threads = THREADS_KEPT if effort.size >= 1 else THREADS_KEPT_QUICKLY
+    with redis_server() as url, tempfile.TemporaryDirectory() as directory:
+        for name, make, count_in in (
+            ("MemoryCache", lambda side: MemoryCache(2**30), _bytecodes),
+            ("DiskCache", lambda side: DiskCache(os.path.join(directory, side)), _statements),
+            (
+                "RedisCache",
+                lambda side: RedisCache(url, prefix=f"{side}-{token_hex(4)}"),
+                lambda cache: _commands(url),
+            ),
+        ):
+            with make("many") as many, make("few") as few:
+                # in turns, and one that is thrown away first
+                forgetting = [_Forgetting(many, threads), _Forgetting(few, THREADS_FEW)]
+                counts = [one.counted(count_in) for one in forgetting]
+                for number in range(effort.at_most(THREADS_FEW - 2)):
+                    for side in (0, 1) if number % 2 else (1, 0):
+                        forgetting[side].timed()
+                for cache in (many, few):
+                    cache.clear()
+            more = {kind: counts[0][kind] - counts[1][kind] for kind in counts[0]}
+            yield result(
+                f"{name}: forgetting 1 of {threads:,} threads",
+                f"1 of {THREADS_FEW}",
+                Comparison(*(one.seconds for one in forgetting)),
+                target=0,
+                measured=sum(map(abs, more.values())),
+                measure="operations more or less",
+                note=" | ".join(
+                    f"{kind} {number:,} against {counts[1][kind]:,}"
+                    for kind, number in counts[0].items()
+                ),
+                details={
+                    "threads": threads,
+                    "entries": ENTRIES,
+                    "many": counts[0],
+                    "few": counts[1],
+                },
+            )
+
+
+Counted = dict[str, int]
+
+
+class _Forgetting:
+    """A graph whose cache holds ``ENTRIES`` entries of each of some threads.
+
+    Attributes:
+        seconds: what forgetting one took, each time.
+    """
+
+    def __init__(self, cache: Cache, threads: int) -> None:
+        builder = CachedStateGraph(Cached)
+        builder.add_node("a", _node("a"), cache_policy=CachePolicy(scope="thread"))
+        self._graph: Any = builder.add_edge(START, "a").compile(cache=cache)
+        self._cache = cache
+        self._threads = iter(range(threads))
+        self.seconds: list[float] = []
+        now = time.time()
+        for thread in range(threads):
+            namespace = thread_namespace(f"thread {thread}")
+            tag = owner_tag(namespace)
+            deps = ((tag, cache.tag_tokens([tag])[0]),)
+            for number in range(ENTRIES):
+                cache.write((namespace, f"{number:032x}"), Entry(b"x" * 100, now, None, deps))
+
+    def timed(self) -> None:
+        """Forget the next thread."""
+        thread = f"thread {next(self._threads)}"
+        started = time.perf_counter()
+        self._graph.perf.forget_thread(thread)
+        self.seconds.append(time.perf_counter() - started)
+
+    def counted(self, count_in: Callable[[Any], Any]) -> Counted:
+        """Forget two threads; what was done for the second."""
+        self._graph.perf.forget_thread(f"thread {next(self._threads)}")
+        thread = f"thread {next(self._threads)}"
+        with count_in(self._cache) as done:
+            self._graph.perf.forget_thread(thread)
+        found: Counted = done
+        return found
+
+
+@contextmanager
+def _bytecodes(cache: MemoryCache) -> Iterator[Counted]:
+    """How many instructions the interpreter executes, which loops over others' entries would
+    show, and how many entries go."""
+    done = {"bytecodes": 0, "entries": cache.stats().entries or 0}
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        frame.f_trace_opcodes = True
+        done["bytecodes"] += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield done
+    finally:
+        sys.settrace(before)
+    done["entries"] -= cache.stats().entries or 0
+
+
+@contextmanager
+def _statements(cache: DiskCache) -> Iterator[Counted]:
+    """How many SQL statements are executed, triggers' included, how often SQLite turns in a loop,
+    which a look at others' rows would show, and how many entries go."""
+    done = {"statements": 0, "turns": 0, "entries": cache.stats().entries or 0}
+
+    def stated(statement: str) -> None:
+        done["statements"] += 1
+
+    def turned() -> int:
+        done["turns"] += 1
+        return 0
+
+    connections = [handle.con for handle in cache._db._idle]
+    for connection in connections:
+        connection.set_trace_callback(stated)
+        connection.set_progress_handler(turned, 1)
+    yield done
+    for connection in connections:
+        connection.set_trace_callback(None)
+        connection.set_progress_handler(None, 0)
+    done["entries"] -= cache.stats().entries or 0
+
+
+@contextmanager
+def _commands(url: str) -> Iterator[Counted]:
+    """How many commands the server carries out, those in scripts included, and how many keys
+    go."""
+    with redis.Redis.from_url(url) as client:
+
+        def calls() -> Mapping[str, int]:
+            stats: Any = client.info("commandstats")
+            return {name: said["calls"] for name, said in stats.items()}
+
+        done: Counted = {}
+        keys, before = client.dbsize(), calls()
+        yield done
+        after, left = calls(), client.dbsize()
+        ours = {
+            name: number - before.get(name, 0)
+            for name, number in after.items()
+            if name.partition("_")[2] not in ("info", "dbsize")
+        }
+        done.update(commands=sum(ours.values()), keys=keys - left)
+
+
 ROWS: dict[str, Callable[[Effort], Iterator[Result]]] = {
     "pooled": pooled,
+    "thread-scope": thread_scope,
+    "forget": forget,
 }
 
 PACKAGES = (
     "langgraph-perf",
     "langgraph",
     "langgraph-checkpoint-postgres",
+    "langgraph-checkpoint-sqlite",
     "psycopg",
     "psycopg-pool",
+    "redis",
 )
 
 

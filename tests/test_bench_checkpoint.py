@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+import redis
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks are not installed
 
 from benchmarks import bench_checkpoint
 from benchmarks._harness import Effort
+from langgraph_perf import DiskCache, MemoryCache
+
+from .redis_server import Server
 
 TINY = Effort(rounds=1, batch_seconds=0.0, size=0.01)
+HOLD = {"operations more or less": 0}
+"""What holds however little is measured, and the most it may be."""
 
 
 @pytest.mark.parametrize("name", bench_checkpoint.ROWS)
@@ -30,6 +38,7 @@ def test_every_row_yields_finite_numbers(
     for found in results:
         assert all(math.isfinite(n) and n > 0 for n in (found.ours, found.theirs, found.ratio))
         assert found.reached is (None if found.target is None else found.measured <= found.target)
+        assert found.measured <= HOLD.get(found.measure, math.inf), found.note
 
 
 def test_a_private_server_waits_for_its_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +60,42 @@ def test_invokes_per_second_are_in_the_file(
     for row in json.loads(file.read_text("utf-8"))["rows"]:
         speeds = row["details"]["invokes per second"]
         assert speeds["ours"] > 0 < speeds["theirs"]
+
+
+@pytest.mark.parametrize(
+    ("make", "count_in", "look"),
+    [
+        (lambda path: MemoryCache(), bench_checkpoint._bytecodes, lambda c: c.clear([("x",)])),
+        (
+            DiskCache,
+            bench_checkpoint._statements,
+            lambda c: c._db.rows("SELECT sum(length(value)) FROM Cache"),
+        ),
+    ],
+    ids=["memory", "disk"],
+)
+def test_a_look_at_what_others_own_would_be_counted(
+    make: Callable[[Path], Any], count_in: Any, look: Callable[[Any], object], tmp_path: Path
+) -> None:
+    """Whatever looks at all entries counts more operations the more there are."""
+    counts = []
+    for threads in (3, 6):
+        with make(tmp_path / str(threads)) as cache:
+            forgetting = bench_checkpoint._Forgetting(cache, threads)
+            with count_in(cache) as done:
+                look(cache)
+            counts.append(done)
+            assert forgetting.counted(count_in)["entries"] == bench_checkpoint.ENTRIES
+    few, many = counts
+    assert few["entries"] == many["entries"] == 0
+    assert any(many[kind] >= few[kind] + bench_checkpoint.ENTRIES for kind in few)
+
+
+def test_commands_are_counted(redis_server: Server) -> None:
+    """Each command that the server carries out, by whatever way, and each key that goes."""
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.set("counted", 1)
+        with bench_checkpoint._commands(redis_server.url) as done:
+            client.eval("redis.call('GET', KEYS[1])", 1, "counted")
+            client.delete("counted")
+    assert done == {"commands": 3, "keys": 1}
