@@ -39,6 +39,7 @@ NUMBERS = ("a", "b", "c")
 READABLE = (*NUMBERS, "tag", "log")
 BOUND = 9
 """How many nodes run before conditional edges end a run."""
+IDS = r"[0-9a-f-]{32,}"
 ON_FORK = "on_fork" in {f.name for f in fields(CachePolicy)}
 
 
@@ -568,7 +569,7 @@ def or_error(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except Exception as exc:
-        return type(exc).__name__, re.sub(r"[0-9a-f-]{32,}", "ID", str(exc))
+        return type(exc).__name__, re.sub(IDS, "ID", str(exc))
 
 
 def seen(value: Any) -> Any:
@@ -576,7 +577,8 @@ def seen(value: Any) -> Any:
     if isinstance(value, StateSnapshot):
         metadata: Any = dict(value.metadata or {})
         metadata.pop("langgraph_perf", None)  # which nodes were served from the cache
-        metadata["parents"] = sorted(metadata.get("parents") or ())
+        parents = metadata.get("parents") or ()
+        metadata["parents"] = sorted(re.sub(IDS, "ID", space) for space in parents)
         return {
             "values": value.values,
             "next": value.next,
