@@ -189,7 +189,7 @@ def _timed(connection: Any) -> _Timed:
     timed = _Timed(connection._sock)
     parser = connection._parser
     for reader in (getattr(parser, "_buffer", None), parser):
-        if getattr(reader, "_sock", None) is connection._sock:
+        if reader is not None and getattr(reader, "_sock", None) is connection._sock:
             reader._sock = timed
     return timed
 
@@ -551,7 +551,7 @@ class AsyncLine:
             await connection.disconnect(nowait=True)
             raise
         self._connection, self.connected = connection, time.monotonic()
-        if self._closed:
+        if self._closed_meanwhile():
             await self._disconnect()
             raise ConnectionError("the cache is closed")
         if self._life is None:
@@ -597,6 +597,9 @@ class AsyncLine:
             timer.cancel()
         return replies
 
+    def _closed_meanwhile(self) -> bool:
+        return self._closed
+
     async def _until_the_loop_ends(self) -> AsyncGenerator[None, None]:
         # `asyncio.run` closes what generators are left, which is the only notice a loop gives
         try:
@@ -622,10 +625,9 @@ class AsyncLine:
         connection._writer = connection._reader = None
         transport = writer.transport
         # closing would tell the parent's selector to watch the socket no more
-        for layer in (
-            transport,
-            getattr(getattr(transport, "_ssl_protocol", None), "_transport", 0),
-        ):
+        inner: Any = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
+        layers: list[Any] = [transport, inner]
+        for layer in layers:
             sock = getattr(layer, "_sock", None)
             for name in ("_closing", "_closed"):
                 if hasattr(layer, name):

@@ -245,6 +245,17 @@ class Cache(BaseCache[Any]):
         """Extend a lease by ``lease_seconds``; ``None`` when it was lost."""
         raise NotImplementedError
 
+    def renew_many(self, leases: Sequence[Lease]) -> list[Lease | None]:
+        """What ``renew`` answers for each lease; where it failed, the lease as it was."""
+        return [self._renewed(lease) for lease in leases]
+
+    def _renewed(self, lease: Lease) -> Lease | None:
+        try:
+            return self.renew(lease)
+        except Exception:
+            logger.debug("lease of %s could not be renewed", lease.key, exc_info=True)
+            return lease
+
     def release(self, lease: Lease) -> None:
         """Give a lease back; one that was lost meanwhile is left to its new holder."""
         raise NotImplementedError

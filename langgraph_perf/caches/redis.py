@@ -677,6 +677,10 @@ class RedisCache(TokenCache):
         """Extend a lease by ``lease_seconds``; ``None`` when it was lost."""
         return self._do(self._renewing(lease))
 
+    def renew_many(self, leases: Sequence[Lease]) -> list[Lease | None]:
+        """What ``renew`` answers for each lease, in one round trip."""
+        return self._do(self._renewing_all(leases))
+
     def release(self, lease: Lease) -> None:
         """Give a lease back; one that was lost meanwhile is left to its new holder."""
         self._do(self._releasing(lease))
@@ -727,11 +731,27 @@ class RedisCache(TokenCache):
         return lease if reply == 1 else None
 
     def _renewing(self, lease: Lease) -> Steps[Lease | None]:
+        (renewed,) = yield from self._renewing_all([lease], strict=True)
+        return renewed
+
+    def _renewing_all(
+        self, leases: Sequence[Lease], strict: bool = False
+    ) -> Steps[list[Lease | None]]:
         if self._closed:
-            return None
+            return [None] * len(leases)
         expires = self.clock() + self.lease_seconds
-        (reply,) = yield [(_RENEW, 1, self._lease_name(lease.key), lease.token, self._lease_ms)]
-        return lease._replace(expires=expires) if _good(reply) == 1 else None
+        replies = yield [
+            (_RENEW, 1, self._lease_name(lease.key), lease.token, self._lease_ms)
+            for lease in leases
+        ]
+        renewed: list[Lease | None] = []
+        for lease, reply in zip(leases, replies, strict=True):
+            if isinstance(reply, Exception) and not strict:
+                renewed.append(lease)  # as it was
+            else:
+                held = _good(reply) == 1
+                renewed.append(lease._replace(expires=expires) if held else None)
+        return renewed
 
     def _releasing(self, lease: Lease) -> Steps[None]:
         if self._closed:

@@ -354,6 +354,10 @@ class TieredCache(Cache):
         """Extend a lease by ``lease_seconds``; ``None`` when it was lost."""
         return self._lessor.cache.renew(lease)
 
+    def renew_many(self, leases: Sequence[Lease]) -> list[Lease | None]:
+        """What ``renew`` answers for each lease; where it failed, the lease as it was."""
+        return self._lessor.cache.renew_many(leases)
+
     def release(self, lease: Lease) -> None:
         """Give a lease back; one that was lost meanwhile is left to its new holder."""
         self._lessor.cache.release(lease)
