@@ -370,7 +370,8 @@ class _Forgetting:
         builder.add_node("a", _node("a"), cache_policy=CachePolicy(scope="thread"))
         self._graph: Any = builder.add_edge(START, "a").compile(cache=cache)
         self._cache = cache
-        self._threads = iter(range(threads))
+        # the newest first: a memory cache keeps what is older elsewhere, where it looks second
+        self._threads = iter(range(threads - 1, -1, -1))
         self.seconds: list[float] = []
         now = time.time()
         for thread in range(threads):
@@ -379,6 +380,8 @@ class _Forgetting:
             deps = ((tag, cache.tag_tokens([tag])[0]),)
             for number in range(ENTRIES):
                 cache.write((namespace, f"{number:032x}"), Entry(b"x" * 100, now, None, deps))
+        if (kept := cache.stats().entries) not in (None, threads * ENTRIES):
+            raise RuntimeError(f"the cache keeps {kept} of {threads * ENTRIES} entries")
 
     def timed(self) -> None:
         """Forget the next thread."""
