@@ -214,10 +214,12 @@ class Backend:
         self._try(self.writes, "lease", self.cache.release, lease)
 
     async def arelease(self, lease: Lease) -> None:
-        """Give a lease back even if the caller is being cancelled."""
+        """Give a lease back even if the caller is being cancelled, however often."""
         task = asyncio.ensure_future(self._atry(self.writes, "lease", self.cache.arelease, lease))
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.shield(task)
+        # an event loop that ends cancels everything, and what waits for it once more
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.shield(task)
 
     def pause(self, key: FullKey, seconds: float) -> None:
         """Wait for the holder of the lease of ``key``, at most for ``seconds``."""

@@ -37,6 +37,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -81,6 +82,8 @@ _LARGE = 2**18
 _SCAN = 1000
 _MEMBER = re.compile(rb"[0-9a-f]{32}")
 _TOKEN_LENGTH = 16
+_GRANTED_LATE = 0.2
+"""Seconds after which what was asked on a connection that is gone has been carried out."""
 _POLL = 0.1
 """Seconds between looks at a lease when nobody can tell of it."""
 
@@ -215,6 +218,7 @@ class RedisCache(TokenCache):
         self._viewers = f"{self._root}viewers".encode()
         self._counting = threading.Lock()
         self._trips = Trips()
+        self._forget_returns()
         self._connect()
 
     def _connect(self) -> None:
@@ -230,6 +234,13 @@ class RedisCache(TokenCache):
         self._listener: Listener | None = None
         self._view: TagView | None = None
         self._finalizer = weakref.finalize(self, self._line.close)
+
+    def _forget_returns(self) -> None:
+        # the garbage collector may close a coroutine that holds it already
+        self._returning = threading.RLock()
+        self._unwanted: list[Lease] = []
+        self._returner: threading.Thread | None = None
+        self._hurry = threading.Event()
 
     @property
     def round_trips(self) -> int:
@@ -725,7 +736,11 @@ class RedisCache(TokenCache):
         lease = Lease(key, new_token(), self.clock() + self.lease_seconds)
         if self._closed:
             return lease  # nobody to share the result with: compute
-        (reply,) = yield [(_ACQUIRE, 1, self._lease_name(key), lease.token, self._lease_ms)]
+        try:
+            (reply,) = yield [(_ACQUIRE, 1, self._lease_name(key), lease.token, self._lease_ms)]
+        except BaseException:  # who asked is gone (cancelled, say), and may have been granted it
+            self._take_back(lease)
+            raise
         if _good(reply) == -1:
             raise ValueError(f"{self._lease_name(key)!r} in Redis is not a lease of this library")
         return lease if reply == 1 else None
@@ -756,8 +771,11 @@ class RedisCache(TokenCache):
     def _releasing(self, lease: Lease) -> Steps[None]:
         if self._closed:
             return
-        channel = self._key_name("w", lease.key)
-        (reply,) = yield [(_RELEASE, 1, self._lease_name(lease.key), lease.token, channel)]
+        try:
+            (reply,) = yield [self._release(lease)]
+        except BaseException:
+            self._take_back(lease)
+            raise
         _good(reply)
 
     def _lease_left(self, key: FullKey) -> Steps[float]:
@@ -765,6 +783,35 @@ class RedisCache(TokenCache):
         if self._closed:
             return 0.0
         (reply,) = yield [("PTTL", self._lease_name(key))]
+    def _release(self, lease: Lease) -> Command:
+        channel = self._key_name("w", lease.key)
+        return (_RELEASE, 1, self._lease_name(lease.key), lease.token, channel)
+
+    def _take_back(self, lease: Lease) -> None:
+        """Release a lease that nobody has any more, without an event loop: its may have ended."""
+        with self._returning:
+            self._unwanted.append(lease)
+            if self._closed or len(self._unwanted) > 1:
+                return
+            self._returner = threading.Thread(
+                target=self._give_back, name="langgraph-perf-release", daemon=True
+            )
+            with suppress(RuntimeError):  # the interpreter is shutting down
+                self._returner.start()
+
+    def _give_back(self) -> None:
+        # twice: it may be granted a moment later, on the other connection
+        for again in (True, False):
+            with self._returning:
+                leases = list(self._unwanted)
+                if not again:
+                    self._unwanted.clear()
+            # a server that is away forgets them by itself
+            with suppress(Exception):
+                self._line.execute([self._release(lease) for lease in leases])
+            if again:
+                self._hurry.wait(_GRANTED_LATE)
+
         left: int = _good(reply)
         return max(0.0, (left + 1) / 1000)
 
@@ -891,6 +938,10 @@ class RedisCache(TokenCache):
         self._finalizer()
         for loop, line in list(self._lines.items()):
             if loop.is_running():
+        self._hurry.set()
+        returner = self._returner
+        if returner is not None and returner.is_alive():
+            returner.join(self.timeout)
                 loop.call_soon_threadsafe(_spawn, loop, line)
             elif not loop.is_closed() and not _in_a_loop():
                 loop.run_until_complete(line.aclose())
@@ -918,6 +969,7 @@ class RedisCache(TokenCache):
 
 
 async def _heard(event: asyncio.Event, seconds: float) -> bool:
+        self._forget_returns()
     try:
         await asyncio.wait_for(event.wait(), seconds)
     except asyncio.TimeoutError:

@@ -31,6 +31,7 @@ from langgraph_perf import (
     StateGraph,
     TieredCache,
 )
+from langgraph_perf._backend import Backend
 from langgraph_perf.caches._redis_connect import Source
 from langgraph_perf.caches._redis_lines import Line, _Job
 from langgraph_perf.caches._redis_listener import Buffer, Report
@@ -686,9 +687,66 @@ def test_a_foreign_lease_keeps_nobody_waiting(cache: RedisCache, redis_server: S
 
 def test_an_acquisition_whose_answer_got_lost(cache: RedisCache) -> None:
     """Asking again with the same token is answered the same."""
-    commands = next(cache._acquiring(KEY))
+    asking = cache._acquiring(KEY)
+    commands = next(asking)
+    assert isinstance(commands, list)
     assert cache._line.execute([*commands, *commands]) == [1, 1]
     assert cache.acquire(KEY) is None
+
+
+def test_a_lease_granted_to_nobody(redis_server: Server, prefix: str, proxy: Proxy) -> None:
+    """Who is cancelled while asking for a lease, as when a loop ends, keeps nobody waiting."""
+    with (
+        RedisCache(proxy.url, prefix=prefix, lease_seconds=60, timeout=5.0) as cache,
+        RedisCache(redis_server.url, prefix=prefix) as other,
+    ):
+
+        async def main() -> None:
+            await cache.aping()
+            proxy.delay = 0.2
+            before = cache.round_trips
+            asking = asyncio.create_task(cache.aacquire(KEY))
+            while cache.round_trips == before:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0)
+            assert not asking.done()
+
+        asyncio.run(main())
+        free_again(other)
+
+
+def test_a_release_is_not_interrupted(redis_server: Server, prefix: str, proxy: Proxy) -> None:
+    """A lease is given back however often who does it is cancelled."""
+    with (
+        RedisCache(proxy.url, prefix=prefix, lease_seconds=60, timeout=5.0) as cache,
+        RedisCache(redis_server.url, prefix=prefix) as other,
+    ):
+
+        async def main() -> None:
+            lease = await cache.aacquire(KEY)
+            assert lease is not None
+            proxy.delay = 0.2
+            before = cache.round_trips
+            task = asyncio.create_task(Backend.of(cache).arelease(lease))
+            await asyncio.sleep(0)
+            while cache.round_trips == before:
+                task.cancel()
+                await asyncio.sleep(0)
+            task.cancel()
+            await task
+            assert [t for t in asyncio.all_tasks() if t is not asyncio.current_task()] == []
+
+        asyncio.run(main())
+        free_again(other)
+
+
+def free_again(cache: RedisCache) -> None:
+    deadline = time.monotonic() + 20
+    while (lease := cache.acquire(KEY)) is None:
+        assert time.monotonic() < deadline
+        cache.pause(KEY, 0.1)
+    # it stays whoever's it is now
+    time.sleep(0.3)
+    assert cache.renew(lease) is not None
 
 
 # -- the tokens of tiers --------------------------------------------------------------------------
