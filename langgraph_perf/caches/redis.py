@@ -778,11 +778,6 @@ class RedisCache(TokenCache):
             raise
         _good(reply)
 
-    def _lease_left(self, key: FullKey) -> Steps[float]:
-        """For how many seconds the lease of ``key`` is still held."""
-        if self._closed:
-            return 0.0
-        (reply,) = yield [("PTTL", self._lease_name(key))]
     def _release(self, lease: Lease) -> Command:
         channel = self._key_name("w", lease.key)
         return (_RELEASE, 1, self._lease_name(lease.key), lease.token, channel)
@@ -812,6 +807,11 @@ class RedisCache(TokenCache):
             if again:
                 self._hurry.wait(_GRANTED_LATE)
 
+    def _lease_left(self, key: FullKey) -> Steps[float]:
+        """For how many seconds the lease of ``key`` is still held."""
+        if self._closed:
+            return 0.0
+        (reply,) = yield [("PTTL", self._lease_name(key))]
         left: int = _good(reply)
         return max(0.0, (left + 1) / 1000)
 
@@ -933,15 +933,15 @@ class RedisCache(TokenCache):
         """Close the connections; a closed cache answers every lookup with a miss."""
         super().close()
         self._view = None
+        self._hurry.set()
+        returner = self._returner
+        if returner is not None and returner.is_alive():
+            returner.join(self.timeout)
         if self._listener is not None:
             self._listener.close()
         self._finalizer()
         for loop, line in list(self._lines.items()):
             if loop.is_running():
-        self._hurry.set()
-        returner = self._returner
-        if returner is not None and returner.is_alive():
-            returner.join(self.timeout)
                 loop.call_soon_threadsafe(_spawn, loop, line)
             elif not loop.is_closed() and not _in_a_loop():
                 loop.run_until_complete(line.aclose())
@@ -964,12 +964,12 @@ class RedisCache(TokenCache):
         if self._listener is not None:
             self._listener.abandon()
         self._finalizer.detach()
+        self._forget_returns()
         self._counting = threading.Lock()
         self._connect()
 
 
 async def _heard(event: asyncio.Event, seconds: float) -> bool:
-        self._forget_returns()
     try:
         await asyncio.wait_for(event.wait(), seconds)
     except asyncio.TimeoutError:
