@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from langgraph_perf.errors import (
+    CacheClosed,
     CacheMiss,
     ConfigurationError,
     LangGraphPerfError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheClosed",
     "CacheControl",
     "CacheMiss",
     "CachePolicy",

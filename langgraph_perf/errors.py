@@ -5,13 +5,15 @@
     LangGraphPerfError
     ├── ConfigurationError (also ValueError)   a policy, cache, resource or cache_control is wrong
     ├── CacheMiss (also LookupError)           mode "only" met a call that is not stored
+    ├── CacheClosed                            a closed cache was to tell others of a change
     └── ResourceError                          a resource could not be leased
         ├── PoolTimeout (also TimeoutError)    nothing came free in time
         ├── PoolClosed                         the pool was closed
         ├── TooManyWaiting                     the queue is at ``max_waiting``
         └── LeaseError                         a lease was used or given back twice
 
-A failing cache backend raises none of them: the cache fails open, the run goes on uncached.
+A failing cache backend raises none of them: the cache fails open, the run goes on uncached. But
+``invalidate`` and ``clear`` raise whatever keeps them from being carried out.
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ class CacheMiss(LangGraphPerfError, LookupError):
             or f"node {node!r}: no stored result, and cache_control mode 'only' forbids running it"
         )
         self.node = node
+
+
+class CacheClosed(LangGraphPerfError):
+    """``invalidate``, ``clear`` or ``ping`` on a closed cache, whose entries others still see."""
 
 
 class ResourceError(LangGraphPerfError):

@@ -6,17 +6,21 @@ pytest. Every test runs through the blocking methods and through their awaitable
     import pytest
 
     pytest.register_assert_rewrite("langgraph_perf.testing")  # in conftest.py: readable failures
-    from langgraph_perf.testing import SharedConformance, TagConformance
+
+    from langgraph_perf.testing import BoundedConformance, SharedConformance
+    from my_package import MyCache
 
 
-    class TestMyCache(TagConformance, SharedConformance):
+    class TestMyCache(SharedConformance, BoundedConformance):
         def make(self, directory, clock):
             return MyCache(directory, clock=clock)
 
-``CacheConformance`` is what all of them do (entries, time, namespaces, LangGraph's ``BaseCache``).
-``TagConformance``, ``LeaseConformance`` and ``BoundedConformance`` are for caches with tags, leases
-and bounds, ``SharedConformance`` for those that several processes use, ``DamageConformance`` for
-those whose stored bytes somebody else can reach.
+``CacheConformance`` is what all of them do (entries, time, namespaces, LangGraph's ``BaseCache``),
+and part of each of the others. ``TagConformance``, ``LeaseConformance`` and ``BoundedConformance``
+are for caches with tags, leases and bounds; ``SharedConformance``, for those that several processes
+use, is the first two and more; ``DamageConformance`` is for those whose stored bytes somebody else
+can reach. What to subclass for the cache itself, and what its methods have to do, is in
+``langgraph_perf.caches.base``.
 
 Needs pytest, and nothing else.
 """
@@ -25,13 +29,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 
 from langgraph_perf.caches.base import OWNED, Cache, Entry, Lease, Lookup, namespace_tag, tag_id
+from langgraph_perf.errors import CacheClosed
 
 __all__ = [
     "BoundedConformance",
@@ -89,6 +98,55 @@ class Subject:
         return found
 
 
+def together(subjects: list[Subject], operation: str, *args: Any) -> list[Any]:
+    """What one operation, called on all of them at the same time, returns for each."""
+    loop = subjects[0]._loop
+    if loop is not None:
+
+        async def called() -> list[Any]:
+            calls = [getattr(subject.cache, f"a{operation}") for subject in subjects]
+            return await asyncio.gather(*[call(*args) for call in calls])
+
+        return loop.run_until_complete(called())
+    barrier = Barrier(len(subjects))
+
+    def call(subject: Subject) -> Any:
+        barrier.wait(60)
+        return getattr(subject.cache, operation)(*args)
+
+    with _often_switched(), ThreadPoolExecutor(len(subjects)) as threads:
+        return list(threads.map(call, subjects))
+
+
+def meanwhile(work: Callable[[], None], *others: Callable[[], None]) -> None:
+    """Do ``work`` while a thread for each of ``others`` does that again and again."""
+    done = False
+
+    def again(other: Callable[[], None]) -> None:
+        while not done:
+            other()
+
+    with _often_switched(), ThreadPoolExecutor(len(others)) as threads:
+        running = [threads.submit(again, other) for other in others]
+        try:
+            work()
+        finally:
+            done = True
+        for each in running:
+            each.result()
+
+
+@contextmanager
+def _often_switched() -> Iterator[None]:
+    """Let threads take turns after a few instructions, where there are few chances to meet."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 class CacheConformance:
     """Entries, time, namespaces, LangGraph's ``BaseCache`` and the end of a cache's life.
 
@@ -103,7 +161,7 @@ class CacheConformance:
     def make(self, directory: Path, clock: Clock) -> Cache:
         """A cache that reads ``clock``; empty, when it is the first one for this ``directory``,
         in which it may keep files."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define make(self, directory, clock)")
 
     def make_clock(self, directory: Path) -> Clock:
         """The clock for ``make``; a backend with a clock of its own overrides ``Clock.advance``."""
@@ -131,8 +189,18 @@ class CacheConformance:
 
     @pytest.fixture
     def cache(self, loop: Any, tmp_path: Path, clock: Clock) -> Iterator[Subject]:
-        with self.make(tmp_path, clock) as cache:
+        with self.made(tmp_path, clock) as cache:
             yield Subject(cache, loop)
+
+    def made(self, directory: Path, clock: Clock) -> Cache:
+        """What ``make`` returns, if it is what can be tested here."""
+        cache: object = self.make(directory, clock)
+        if not isinstance(cache, Cache):
+            raise TypeError(
+                f"make() must return a langgraph_perf.caches.base.Cache, got {cache!r:.200}; any "
+                "other LangGraph BaseCache goes into langgraph_perf.caches.foreign.ForeignCache"
+            )
+        return cache
 
     # -- entries ----------------------------------------------------------------------------------
 
@@ -198,6 +266,16 @@ class CacheConformance:
         assert cache.one() is not None
         clock.advance(90)
         assert cache.one(max_age=1000) is None
+
+    def test_each_lookup_has_its_own_max_age(self, cache: Subject, clock: Clock) -> None:
+        """What one lookup of a batch asks for changes nothing for its neighbours."""
+        keys = [(("n",), str(i)) for i in range(4)]
+        for key in keys:
+            cache.write(key, entry(expires=clock() + 100))
+        clock.advance(10)
+        for ages in ([5, None, 50, 5], [None, 5, 5, 50]):
+            asked = [Lookup(key, (), age) for key, age in zip(keys, ages, strict=True)]
+            assert [found is None for found in cache.read(asked)] == [age == 5 for age in ages]
 
     # -- clearing ---------------------------------------------------------------------------------
 
@@ -357,9 +435,10 @@ class CacheConformance:
         assert cache.write(KEY, entry()) is False
         assert cache.get([KEY]) == {}
         cache.set({KEY: (1, None)})
-        cache.clear()
-        cache.clear([KEY[0]])
-        cache.clear(OWNERS)
+        if not cache.cache.shared:
+            cache.clear()
+            cache.clear([KEY[0]])
+            cache.clear(OWNERS)
         assert cache.copy(OWNERS[0], OWNERS[1], {}) == 0
         assert (cache.stats()).entries == 0
         cache.close()
@@ -464,6 +543,46 @@ class TagConformance(CacheConformance):
         cache.write(KEY, entry())
         assert cache.one(tags=(tag_id("docs"),)) is None
 
+    def test_each_lookup_needs_its_own_tags(self, cache: Subject) -> None:
+        """What one lookup of a batch must depend on, its neighbours need not."""
+        keys = [(("n",), str(i)) for i in range(4)]
+        for key in keys:
+            cache.write(key, entry(deps=self.tagged(cache, "docs")))
+        docs, user = (tag_id("docs"),), (tag_id("user"),)
+        for needed in ([user, docs, (), user], [(), user, user, docs]):
+            asked = [Lookup(key, tags) for key, tags in zip(keys, needed, strict=True)]
+            assert [found is None for found in cache.read(asked)] == [n == user for n in needed]
+
+    def test_tokens_are_made_once(self, cache: Subject) -> None:
+        """Whoever asks first and at the same time gets the same tokens."""
+        for i in range(20):
+            tags = [tag_id(f"{i} {j}") for j in range(3)]
+            answers = together([cache] * 4, "tag_tokens", tags)
+            assert answers == [answers[0]] * 4
+
+    def test_never_served_whatever_happens_meanwhile(self, tmp_path: Path, clock: Clock) -> None:
+        """A result older than an invalidation is not served to those that look at that moment:
+        tokens are compared after the entry was read, and nothing brings a dropped one back."""
+        tag = tag_id("docs")
+        served: list[Entry] = []
+        with self.made(tmp_path, clock) as cache:
+
+            def invalidated() -> None:
+                for _ in range(200):
+                    deps = ((tag, cache.tag_tokens([tag])[0]),)
+                    cache.drop_tags([tag])
+                    cache.write(KEY, entry(deps=deps))
+                    served.extend(filter(None, cache.read([Lookup(KEY)])))
+
+            def looks() -> None:
+                served.extend(filter(None, cache.read([Lookup(KEY, (tag,))] * 50)))
+
+            def asks() -> None:
+                cache.tag_tokens([tag])
+
+            meanwhile(invalidated, looks, asks)
+        assert served == []
+
     def test_forged_token(self, cache: Subject) -> None:
         """A token that never was current serves nothing."""
         cache.tag_tokens([tag_id("docs")])
@@ -515,7 +634,8 @@ class TagConformance(CacheConformance):
         """A closed cache has no tags, and does not fail for it."""
         cache.close()
         assert len(cache.tag_tokens(["a", "b"])) == 2
-        cache.invalidate("a")
+        if not cache.cache.shared:
+            cache.invalidate("a")
 
     def test_tags_must_be_names(self, cache: Subject) -> None:
         """``invalidate`` names what it was given when it is no tag."""
@@ -535,6 +655,12 @@ class LeaseConformance(CacheConformance):
         assert cache.acquire((("n",), "other")) is not None
         cache.release(lease)
         assert cache.acquire(KEY) is not None
+
+    def test_one_of_many_gets_it(self, cache: Subject) -> None:
+        """Of those who ask at the same time one gets the lease."""
+        for i in range(20):
+            leases = together([cache] * 4, "acquire", (("n",), str(i)))
+            assert len([lease for lease in leases if lease is not None]) == 1
 
     def test_lease_expires(self, cache: Subject, clock: Clock) -> None:
         """A holder that does not renew is replaced after ``lease_seconds``, and not before."""
@@ -624,7 +750,7 @@ class SharedConformance(LeaseConformance, TagConformance):
 
     @pytest.fixture
     def other(self, cache: Subject, loop: Any, tmp_path: Path, clock: Clock) -> Iterator[Subject]:
-        with self.make(tmp_path, clock) as other:
+        with self.made(tmp_path, clock) as other:
             yield Subject(other, loop)
 
     def test_entries_are_shared(self, cache: Subject, other: Subject) -> None:
@@ -704,6 +830,27 @@ class SharedConformance(LeaseConformance, TagConformance):
         assert cache.acquire(key) is not None
         assert other.one(key).payload == b"value"
 
+    def test_one_of_both_gets_it(self, cache: Subject, other: Subject) -> None:
+        """Of those who ask here and there at the same time one gets the lease."""
+        for i in range(20):
+            leases = together([cache, other] * 2, "acquire", (("n",), str(i)))
+            assert len([lease for lease in leases if lease is not None]) == 1
+
+    def test_closed_caches_do_not_pretend(self, cache: Subject, other: Subject) -> None:
+        """A closed cache cannot tell the others: ``invalidate`` and ``clear`` say so."""
+        cache.write(KEY, entry(deps=self.tagged(cache, "docs")))
+        cache.close()
+        for operation, argument in (
+            ("invalidate", "docs"),
+            ("drop_tags", [tag_id("docs")]),
+            ("clear", None),
+            ("clear", [KEY[0]]),
+            ("clear", OWNERS),
+        ):
+            with pytest.raises(CacheClosed, match="closed"):
+                getattr(cache, operation)(argument)
+        assert other.one() is not None
+
     def test_pausing_ends(self, cache: Subject, other: Subject) -> None:
         """Waiting for a holder ends when the lease is free, and in time when it is not."""
         lease = cache.acquire(KEY)
@@ -718,7 +865,7 @@ class DamageConformance(CacheConformance):
     def damage(self, directory: Path, how: str) -> None:
         """Change every stored entry: ``"flip"`` a bit in its middle, ``"truncate"`` it, ``"swap"``
         it with another one, or put ``"other"`` bytes there."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define damage(self, directory, how)")
 
     @pytest.mark.parametrize("how", ["flip", "truncate", "swap", "other"])
     def test_damaged_entries_are_misses(self, cache: Subject, tmp_path: Path, how: str) -> None:

@@ -11,6 +11,7 @@ import langgraph_perf
 def test_the_exports() -> None:
     """Exactly these names, each with a docstring."""
     assert sorted(langgraph_perf.__all__) == [
+        "CacheClosed",
         "CacheControl",
         "CacheMiss",
         "CachePolicy",

@@ -43,7 +43,7 @@ from langgraph_perf.caches.entry import (
     with_deps,
 )
 from langgraph_perf.codec import DecodeError, EncodeError, decode, encode
-from langgraph_perf.errors import ConfigurationError
+from langgraph_perf.errors import CacheClosed, ConfigurationError
 
 __all__ = [
     "OWNED",
@@ -345,6 +345,19 @@ class Cache(BaseCache[Any]):
     async def aclose(self) -> None:
         """Like ``close``, without blocking the event loop."""
         await asyncio.get_running_loop().run_in_executor(None, self.close)
+
+    def must_be_open(self) -> None:
+        """What ``drop_tags`` and ``clear`` of a shared backend begin with: a miss more is harmless,
+        an invalidation that nobody sees is not.
+
+        Raises:
+            CacheClosed: the cache is closed, and others still serve what is in it.
+        """
+        if self._closed and self.shared:
+            raise CacheClosed(
+                f"this {type(self).__name__} is closed: it answers with misses, but can neither "
+                "invalidate nor clear what others still serve; use one that is open"
+            )
 
     def _disown(self) -> None:
         """Runs in a forked child, before ``_after_fork`` of any cache."""

@@ -328,8 +328,7 @@ class DiskCache(TokenCache):
         again: where that matters, encrypt with a ``serde``.
         """
         self._must_not_be_lost()
-        if self._closed:
-            return
+        self.must_be_open()
         if namespaces is None:
             with self._db.transaction(durable=True) as con:
                 con.execute("DELETE FROM Tags")
@@ -402,7 +401,8 @@ class DiskCache(TokenCache):
     def drop_tags(self, tags: Sequence[str]) -> None:
         """Forget the tokens of these tag ids."""
         self._must_not_be_lost()
-        if self._closed or not tags:
+        self.must_be_open()
+        if not tags:
             return
         # durable: a token lost by a power failure may not come back to life
         with self._db.transaction(durable=True) as con:

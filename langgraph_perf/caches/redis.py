@@ -252,7 +252,9 @@ class RedisCache(TokenCache):
 
         Raises:
             ConfigurationError: it cannot be reached, wants another password, is too old, ….
+            CacheClosed: this cache is closed.
         """
+        self.must_be_open()
         try:
             self._do(self._pinging())
         except Exception as exc:
@@ -260,6 +262,7 @@ class RedisCache(TokenCache):
 
     async def aping(self) -> None:
         """Like ``ping``, without blocking the event loop."""
+        self.must_be_open()
         try:
             await self._ado(self._pinging())
         except Exception as exc:
@@ -465,7 +468,8 @@ class RedisCache(TokenCache):
 
     def _clearing(self, namespaces: Sequence[Namespace] | None) -> Steps[float]:
         """Returns for how many seconds somebody may not have noticed."""
-        if self._closed or (namespaces is not None and not namespaces):
+        self.must_be_open()
+        if namespaces is not None and not namespaces:
             return 0.0
         if namespaces is None:
             yield from self._delete("t")
@@ -613,7 +617,8 @@ class RedisCache(TokenCache):
 
     def _dropping(self, tags: Sequence[str]) -> Steps[float]:
         """Returns for how many seconds somebody may not have noticed."""
-        if self._closed or not tags:
+        self.must_be_open()
+        if not tags:
             return 0.0
         names = [self._name("t", tag) for tag in tags]
         drops: list[Command] = [("UNLINK", *names)]

@@ -244,6 +244,7 @@ class TieredCache(Cache):
         return stored
 
     def _clearing(self, namespaces: Sequence[Namespace] | None) -> Steps[None]:
+        self.must_be_open()
         failure: Exception | None = None
         for tier in reversed(self._tiers):
             try:
