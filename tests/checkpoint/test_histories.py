@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from langgraph.cache.memory import InMemoryCache
 from langgraph.checkpoint.memory import InMemorySaver
 
-from langgraph_perf import DiskCache, MemoryCache
+from langgraph_perf import DiskCache, MemoryCache, _attempt
+from langgraph_perf._watch import Watch
 
 from .histories import (
     Different,
@@ -125,6 +126,14 @@ def noticed(kind: Kind, cache: Make) -> str:
 def test_a_key_that_leaves_out_what_the_node_reads_is_noticed() -> None:
     """One field too few in a key, and a history shows another result."""
     assert "without a cache" in noticed("unsound", MemoryCache)
+
+
+def test_a_stored_answer_of_a_human_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were results that depend on a human's answer stored, somebody else would not be asked."""
+    # each of the two alone is enough to keep them out
+    monkeypatch.setattr(_attempt, "_resumes", lambda *args: False)
+    monkeypatch.setattr(Watch, "taint", None)
+    assert "without a cache" in noticed("ours", MemoryCache)
 
 
 def test_the_cache_of_langgraph_is_noticed() -> None:
