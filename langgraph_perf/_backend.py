@@ -23,13 +23,15 @@ from langgraph.cache.base import FullKey, Namespace
 
 from langgraph_perf._flight import FlightTable
 from langgraph_perf.caches.base import Cache, Entry, Lease, Lookup, owned, tag_id
+from langgraph_perf.caches.tiered import LeftAlone
 
 T = TypeVar("T")
 logger = logging.getLogger("langgraph_perf")
 
 FAILURES_TO_OPEN = 3
 FIRST_PAUSE = 1.0
-LONGEST_PAUSE = 30.0
+LONGEST_PAUSE = 4.0
+"""So long after it is back, at most, a backend is asked again."""
 UNTOLD = 0.1
 """Seconds until the next look at a lease when waiting for its holder failed."""
 MOST_AT_ONCE = 64
@@ -271,8 +273,12 @@ class Backend:
         return allowed
 
     def _failed(self, breaker: Breaker, kind: str, exc: Exception) -> None:
+        slowly = isinstance(exc, (TimeoutError, asyncio.TimeoutError))
+        if not isinstance(exc, LeftAlone):
+            breaker.failed(slowly=slowly)
         # a run has several operations: it is to lose one deadline, not one for each
-        breaker.failed(slowly=isinstance(exc, (TimeoutError, asyncio.TimeoutError)))
+        if slowly and breaker is not self.reads and not self.cache.layered:
+            self.reads.failed(slowly=True)
         name = f"{kind}: {type(exc).__name__}"
         self._failures[name] += 1
         if self._failures[name] == 1:

@@ -25,7 +25,7 @@ logger = logging.getLogger("langgraph_perf")
 _PING_EVERY = VIEW_SECONDS / 4
 _IDLE_AFTER = 1.0
 """Seconds after which a view that nobody asks is no longer kept."""
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _PAUSE_WHEN_REFUSED = 60.0
 _MOST_PINGS = 8
 PRESENT_SECONDS = 2.0

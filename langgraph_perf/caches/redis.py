@@ -167,6 +167,9 @@ class RedisCache(TokenCache):
     (``CLIENT TRACKING``); then ``invalidate`` and ``clear`` return up to 50 ms later, when no
     process relies on the old tokens any more.
 
+    While the server is away, runs go on without it; within five seconds of its return it is used
+    again.
+
     Redis may lose its last writes in a crash or a failover, and an invalidation with them: give
     results that must not outlive that a ``ttl``.
 

@@ -38,7 +38,13 @@ logger = logging.getLogger("langgraph_perf")
 _UNKNOWN = ""
 """The token of a copy stored while the authority was away: it never is a current one."""
 _FAILURES_TO_PAUSE = 3
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 4.0
+_MOST_OWN = 10_000
+"""Most namespaces whose tokens are remembered."""
+
+
+class LeftAlone(ConnectionError):
+    """A tier was not asked, as it failed a moment ago."""
 
 
 class _Do(NamedTuple):
@@ -124,6 +130,8 @@ class TieredCache(Cache):
         self._last = self._tiers[-1]
         self._leasing = next((tier for tier in reversed(self._tiers) if tier.cache.shared), None)
         self._counting = threading.Lock()
+        self._own: dict[str, str] = {}
+        """Tokens that namespaces once had; replaced as a whole."""
         self.blocking = any(cache.blocking for cache in flat)
         self.layered = len(self._tiers) > 1
         self.shared = self._leasing is not None
@@ -177,6 +185,8 @@ class TieredCache(Cache):
         current: Mapping[str, str] | None = {}
         if tags and self.supports_tags:
             current = yield from self._try(self._last, "peek_tags", tags)
+            if current is not None:
+                self._forget_own(tags, current)
         now = self.clock()
         return [
             entry
@@ -199,24 +209,41 @@ class TieredCache(Cache):
         return servable(entry, lookup, current, now)
 
     def _last_read(self, lookups: list[Lookup]) -> Steps[list[Entry | None]]:
+        # Stored past this cache, an entry lacks the token of its namespace. To be copied upwards
+        # it needs that of a moment before it was read, or a `clear` in between would be survived:
+        # any such moment will do, as an old token only makes a copy that is not served.
+        before = self._own
         found: list[Entry | None] | None = yield from self._try(self._last, "read", lookups)
         if found is None:
             return [None] * len(lookups)
         if not self.supports_tags or len(self._tiers) == 1:
             return found
-        for i, (entry, lookup) in enumerate(zip(found, lookups, strict=True)):
-            own = namespace_tag(lookup.key[0])
-            if entry is not None and not any(tag == own for tag, _ in entry.deps):
-                # Stored past this cache. To be copied upwards it needs the token of before it was
-                # read, or a `clear` in between would be survived.
-                tokens = yield from self._try(self._last, "tag_tokens", [own])
-                again = yield from self._try(self._last, "read", [lookup])
-                entry = again[0] if again else None
-                if entry is not None:
-                    token = tokens[0] if tokens else _UNKNOWN
-                    entry = entry._replace(deps=(*entry.deps, (own, token)))
+        tags = [namespace_tag(lookup.key[0]) for lookup in lookups]
+        late = [
+            i
+            for i, (entry, own) in enumerate(zip(found, tags, strict=True))
+            if own not in before and _is_past(entry, own)
+        ]
+        if late:
+            unknown = list(dict.fromkeys([tags[i] for i in late]))
+            tokens = yield from self._try(self._last, "tag_tokens", unknown)
+            if tokens is not None:
+                made = dict(zip(unknown, tokens, strict=True))
+                before = {**before, **made}
+                self._own = {**(self._own if len(self._own) < _MOST_OWN else {}), **made}
+            again = yield from self._try(self._last, "read", [lookups[i] for i in late])
+            for i, entry in zip(late, again or [None] * len(late), strict=True):
                 found[i] = entry
+        for i, (entry, own) in enumerate(zip(found, tags, strict=True)):
+            if entry is not None and _is_past(entry, own):
+                token = before.get(own, _UNKNOWN)
+                found[i] = entry._replace(deps=(*entry.deps, (own, token)))
         return found
+
+    def _forget_own(self, tags: Collection[str], current: Mapping[str, str]) -> None:
+        old = {tag for tag in tags if tag in self._own and self._own[tag] != current.get(tag)}
+        if old:
+            self._own = {tag: token for tag, token in self._own.items() if tag not in old}
 
     def _copy(self, tiers: Sequence[_Tier], key: FullKey, entry: Entry) -> Steps[bool]:
         """Store in ``tiers``, the last first; whether one of them did."""
@@ -286,7 +313,7 @@ class TieredCache(Cache):
     def _must(self, tier: _Tier, operation: str, *args: Any) -> Steps[Any]:
         """Carry out a primitive that no other tier could; fails at once for one left alone."""
         if tier.away:
-            raise ConnectionError(f"{type(tier.cache).__name__} failed and is left alone a while")
+            raise LeftAlone(f"{type(tier.cache).__name__} failed and is left alone a while")
         try:
             result = yield _Do(tier.cache, operation, args)
         except Exception as exc:
@@ -361,7 +388,7 @@ class TieredCache(Cache):
 
     def release(self, lease: Lease) -> None:
         """Give a lease back; one that was lost meanwhile is left to its new holder."""
-        self._lessor.cache.release(lease)
+        _carry_out(self._must(self._lessor, "release", lease))
 
     def pause(self, key: FullKey, seconds: float) -> None:
         """Wait for the holder of the lease of ``key``, at most for ``seconds``."""
@@ -457,7 +484,7 @@ class TieredCache(Cache):
 
     async def arelease(self, lease: Lease) -> None:
         """Like ``release``, without blocking the event loop."""
-        await self._lessor.cache.arelease(lease)
+        await _acarry_out(self._must(self._lessor, "release", lease))
 
     async def apause(self, key: FullKey, seconds: float) -> None:
         """Like ``pause``, without blocking the event loop."""

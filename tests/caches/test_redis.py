@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Annotated, Any
 
 import langgraph.graph
@@ -851,6 +852,66 @@ def test_a_server_that_tells_nothing(own_server: Server, caplog: pytest.LogCaptu
         other.write(KEY, entry(b"done"), lease)
         assert other.read([Lookup(KEY)]) == [entry(b"done")]
     assert caplog.text.count("Redis tells nothing unasked") == 1
+
+
+async def test_what_was_stored_past_the_tiers_costs_a_few_round_trips(
+    cache: RedisCache, tiers: TieredCache
+) -> None:
+    """A cold first tier in front of another program's entries is filled in a few round trips."""
+    for key in keys(256):
+        cache.write(key, entry(key[1].encode()))
+    server = tiers.tiers[-1]
+    assert isinstance(server, RedisCache)
+    await server.aping()
+    before = server.round_trips
+    backend = Backend.of(tiers)
+    found = await asyncio.gather(*[backend.aread(Lookup(key)) for key in keys(256)])
+    assert [e and e.payload for e in found] == [key[1].encode() for key in keys(256)]
+    assert server.round_trips - before <= 8
+
+
+def test_what_was_stored_past_the_tiers_costs_one_look(
+    cache: RedisCache, tiers: TieredCache
+) -> None:
+    """The token of a namespace is asked for once, and again after it has changed."""
+    for key in keys(3):
+        cache.write(key, entry(b"old"))
+    server = tiers.tiers[-1]
+    assert isinstance(server, RedisCache)
+    tiers.read([Lookup(keys(1)[0])])
+    before = server.round_trips
+    for key in keys(3)[1:]:
+        assert tiers.read([Lookup(key)])[0] is not None
+    assert server.round_trips - before == 2
+    cache.clear([("n",)])
+    for key in keys(3):
+        assert tiers.read([Lookup(key)]) == [None]
+        cache.write(key, entry(b"new"))
+    for key in keys(3):
+        known(tiers, Lookup(key))
+        (found,) = tiers.read([Lookup(key)])
+        assert found is not None
+        assert found.payload == b"new"
+
+
+def test_a_token_from_after_a_read_is_not_taken(cache: RedisCache, tiers: TieredCache) -> None:
+    """What was read before a clear is not served after it, although another reader has learnt the
+    new token meanwhile."""
+    cache.write(KEY, entry(b"old"))
+    other = (KEY[0], "other")
+    reading = tiers._reading([Lookup(KEY)])
+    step = next(reading)
+    while step.operation != "read":
+        step = reading.send(getattr(step.cache, step.operation)(*step.args))
+    old = step.cache.read(*step.args)
+    cache.clear([KEY[0]])
+    cache.write(other, entry(b"other"))
+    assert tiers.read([Lookup(other)])[0] is not None
+    step = reading.send(old)
+    with suppress(StopIteration):
+        while True:
+            step = reading.send(getattr(step.cache, step.operation)(*step.args))
+    assert tiers.read([Lookup(KEY)]) == [None]
 
 
 def test_own_invalidations_count_at_once(tiers: TieredCache) -> None:

@@ -15,8 +15,9 @@ from langgraph.graph import START
 from typing_extensions import TypedDict
 
 from langgraph_perf import CachePolicy, MemoryCache, RedisCache, StateGraph, TieredCache
-from langgraph_perf._backend import Backend
+from langgraph_perf._backend import Backend, Breaker
 from langgraph_perf.caches.base import Cache
+from langgraph_perf.testing import Clock
 from tests.redis_server import Proxy, Server, free_port, new_prefix
 
 TIMEOUT = 0.2
@@ -238,6 +239,50 @@ def test_the_first_tier_goes_on_while_the_server_is_away(own_server: Server) -> 
     run(graph, ["q", "q", "r", "r"], "sync")
     assert runs == ["q", "r"]
     cache.close()
+
+
+@pytest.mark.parametrize("tiers", [False, True], ids=["alone", "tiers"])
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_run_loses_one_deadline(proxy: Proxy, mode: str, tiers: bool) -> None:
+    """A server that goes deaf while a node runs is not asked again for the nodes that follow."""
+    cache: Cache = RedisCache(proxy.url, prefix=new_prefix(), timeout=0.5, connect_timeout=0.5)
+    if tiers:
+        cache = TieredCache(MemoryCache(), cache)
+    builder = StateGraph(State)
+    policy = CachePolicy(version=1, tags=["docs"])
+
+    def first(state: State) -> State:
+        proxy.deaf = True
+        return {}
+
+    builder.add_node("first", first, cache_policy=policy)
+    builder.add_node("second", lambda state: {"answer": "about q"}, cache_policy=policy)
+    builder.add_edge(START, "first").add_edge("first", "second")
+    assert run(builder.compile(cache=cache), ["q"], mode) < 0.9
+    cache.close()
+
+
+def test_a_tier_left_alone_opens_no_breaker(own_server: Server) -> None:
+    """One pause after an outage is enough: the graph's own does not come on top of the tier's."""
+    server = RedisCache(own_server.url, timeout=TIMEOUT, connect_timeout=TIMEOUT)
+    with TieredCache(MemoryCache(), server) as cache:
+        graph, runs = build(cache)
+        cache._tiers[-1].failed("read", TimeoutError())
+        run(graph, [str(i) for i in range(5)], "sync")
+        backend = Backend.of(cache)
+        assert not any(b.is_open for b in (backend.reads, backend.writes, backend.tags))
+        cache._tiers[-1]._away_until = 0.0
+        run(graph, ["q", "q"], "sync")
+        assert runs.count("q") == 1
+
+
+def test_pauses_are_short(clock: Clock) -> None:
+    """However long a server was away, five seconds after its return it is asked again."""
+    breaker = Breaker(clock)
+    for _ in range(20):
+        breaker.failed(slowly=True)
+        clock.advance(4.5)
+        assert breaker.allows()
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
