@@ -511,6 +511,11 @@ class TieredCache(Cache):
             await tier.cache.aclose()
 
 
+def _is_past(entry: Entry | None, own: str) -> bool:
+    """Whether it was stored without the token of its namespace."""
+    return entry is not None and not any(tag == own for tag, _ in entry.deps)
+
+
 def _without_own(entry: Entry | None, key: FullKey) -> Entry | None:
     if entry is None or not entry.deps or entry.deps[-1][0] != namespace_tag(key[0]):
         return entry
