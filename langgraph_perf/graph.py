@@ -146,8 +146,9 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         """
         if cache is not None and not isinstance(cache, BaseCache):
             raise ConfigurationError(
-                f"compile(cache=): got {cache!r}; accepted: MemoryCache(...), "
-                "DiskCache(directory), TieredCache(...), any other LangGraph BaseCache, or None"
+                f"compile(cache=): got {cache!r:.200}; accepted: MemoryCache(...), "
+                "DiskCache(directory), RedisCache(url_or_client), TieredCache(...), any other "
+                "LangGraph BaseCache, or None"
             )
         compiled = super().compile(
             checkpointer,

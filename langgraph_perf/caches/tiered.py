@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 from langgraph.cache.base import FullKey, Namespace
@@ -111,7 +112,9 @@ class TieredCache(Cache):
         caches: this library's caches, the fastest first. Closing this one closes them.
 
     Raises:
-        ConfigurationError: there is none, or one is not a cache of this library.
+        ConfigurationError: there is none, one is not a cache of this library or is there twice, or
+            one that others share is in front of one that they do not: whose tags would only count
+            in this process.
     """
 
     def __init__(self, *caches: Cache) -> None:
@@ -119,12 +122,14 @@ class TieredCache(Cache):
         for cache in caches:
             if not isinstance(cache, Cache):
                 raise ConfigurationError(
-                    "TieredCache takes caches of this library (MemoryCache, DiskCache,"
-                    f" ...), got {cache!r}"
+                    f"TieredCache: got {cache!r:.200}; accepted: one cache of this library after "
+                    "the other, the fastest first: MemoryCache(...), DiskCache(directory), "
+                    "RedisCache(url_or_client)"
                 )
             flat.extend(cache.tiers if isinstance(cache, TieredCache) else [cache])
         if not flat:
             raise ConfigurationError("TieredCache needs at least one cache, got none")
+        _check_order(flat)
         super().__init__(clock=flat[-1].clock)
         self._tiers = [_Tier(cache) for cache in flat]
         self._last = self._tiers[-1]
@@ -509,6 +514,21 @@ class TieredCache(Cache):
         self._closed = True
         for tier in self._tiers:
             await tier.cache.aclose()
+
+
+def _check_order(caches: Sequence[Cache]) -> None:
+    names = ", ".join([type(cache).__name__ for cache in caches])
+    if len({id(cache) for cache in caches}) < len(caches):
+        raise ConfigurationError(f"TieredCache({names}): the same cache is there twice")
+    for upper, lower in pairwise(caches):
+        if upper.shared and not lower.shared and lower.supports_tags:
+            better = sorted(caches, key=lambda cache: cache.shared)
+            raise ConfigurationError(
+                f"TieredCache({names}): {type(upper).__name__}, which other processes share, is in "
+                f"front of {type(lower).__name__}, which they do not, so no invalidation would "
+                "reach them; accepted: the shared ones last: "
+                f"TieredCache({', '.join([type(cache).__name__ for cache in better])})"
+            )
 
 
 def _is_past(entry: Entry | None, own: str) -> bool:

@@ -13,6 +13,7 @@ from langgraph_perf.caches.base import Cache, Lookup, tag_id
 from langgraph_perf.caches.disk import DiskCache
 from langgraph_perf.caches.foreign import ForeignCache
 from langgraph_perf.caches.memory import MemoryCache
+from langgraph_perf.caches.redis import RedisCache
 from langgraph_perf.caches.tiered import TieredCache
 from langgraph_perf.errors import ConfigurationError
 
@@ -96,6 +97,23 @@ def test_tiers_must_be_caches(tiers, message):
     """No tier, or one that is no cache of this library, is refused."""
     with pytest.raises(ConfigurationError, match=message):
         TieredCache(*tiers)
+
+
+def test_tiers_must_be_in_order(tmp_path):
+    """A shared tier in front of a private one is refused, as is the same one twice: in the wrong
+    order an invalidation would not reach other processes."""
+    with DiskCache(tmp_path / "cache") as disk:
+        memory, redis = MemoryCache(), RedisCache("redis://localhost:1")
+        order = r"accepted: the shared ones last: TieredCache\(MemoryCache, RedisCache\)"
+        with pytest.raises(ConfigurationError, match=order):
+            TieredCache(redis, memory)
+        with pytest.raises(ConfigurationError, match="DiskCache, which other processes share"):
+            TieredCache(memory, disk, MemoryCache())
+        with pytest.raises(ConfigurationError, match=r"\(MemoryCache, MemoryCache\).*twice"):
+            TieredCache(memory, memory)
+        with pytest.raises(ConfigurationError, match="twice"):
+            TieredCache(memory, TieredCache(memory, disk))
+        assert TieredCache(memory, disk, redis).tiers == (memory, disk, redis)
 
 
 def test_takes_after_its_tiers(tmp_path, clock):
@@ -289,17 +307,6 @@ def test_fenced_value_reaches_no_tier(cache, clock):
     assert cache.acquire(KEY) is not None
     assert cache.write(KEY, entry(b"late"), lease) is False
     assert [tier.stats().entries for tier in cache.tiers] == [0, 0]
-
-
-def test_leases_of_the_last_shared_tier(tmp_path, clock):
-    """A private last tier has no leases: those of the shared one above it are taken."""
-    with TieredCache(DiskCache(tmp_path / "cache", clock=clock), MemoryCache(clock=clock)) as cache:
-        assert cache.shared
-        lease = cache.acquire(KEY)
-        assert cache.acquire(KEY) is None
-        assert cache.write(KEY, entry(), lease)
-        assert cache.acquire(KEY) is not None
-        assert [tier.stats().entries for tier in cache.tiers] == [1, 1]
 
 
 # -- failing tiers --------------------------------------------------------------------------------
