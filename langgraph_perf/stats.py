@@ -25,7 +25,8 @@ class NodeStats:
             many of them as the refusal ``"run_failed"`` counts stood in for an error.
         misses: calls for which the node had to run.
         coalesced: calls answered by a run of the same key that was already under way.
-        runs: how often the node's body ran, cached or not.
+        runs: how often the node's body ran to its end, cached or not. A call whose body raised is
+            a miss without a run.
         refusals: runs that failed where a stale result was at hand, results that were not stored,
             and calls that went uncached, by reason.
         seconds_saved: time the answered calls would have taken, by what their runs took.

@@ -171,6 +171,7 @@ class Cache(BaseCache[Any]):
         self.value_serde = serde
         self.clock = clock
         self._tally = Tally()
+        self._logged: set[str] = set()
         self._executor: ThreadPoolExecutor | None = None
         self._closed = False
         _open_caches.add(self)
@@ -324,7 +325,12 @@ class Cache(BaseCache[Any]):
 
     def invalidate(self, *tags: str) -> None:
         """Make every result that depends on one of ``tags`` a miss, in every process that shares
-        this cache. Results still being computed from older data are never served either."""
+        this cache. Results still being computed from older data are never served either.
+
+        Raises:
+            Exception: the backend failed: others may go on serving what depends on them.
+            CacheClosed: the cache is closed, and others share what is in it.
+        """
         self.drop_tags(_tag_ids(tags))
 
     async def ainvalidate(self, *tags: str) -> None:
@@ -380,24 +386,55 @@ class Cache(BaseCache[Any]):
 
     # -- LangGraph's BaseCache ------------------------------------------------------------------
 
+    # These four fail open, as LangGraph's own nodes do not: what they raise would fail the run.
+
     def get(self, keys: Sequence[FullKey]) -> dict[FullKey, Any]:
-        """The values stored under ``keys``; absent, expired and damaged ones are left out."""
-        return decoded(keys, self.read([Lookup(key) for key in keys]))
+        """The values stored under ``keys``; absent, expired and damaged ones are left out, and all
+        of them if the backend fails, which is logged."""
+        try:
+            entries = self.read([Lookup(key) for key in keys])
+        except Exception as exc:
+            self._missed("read", exc)
+            return {}
+        return decoded(keys, entries)
 
     async def aget(self, keys: Sequence[FullKey]) -> dict[FullKey, Any]:
         """Like ``get``, without blocking the event loop."""
-        return decoded(keys, await self.aread([Lookup(key) for key in keys]))
+        try:
+            entries = await self.aread([Lookup(key) for key in keys])
+        except Exception as exc:
+            self._missed("read", exc)
+            return {}
+        return decoded(keys, entries)
 
     def set(self, pairs: Mapping[FullKey, tuple[Any, int | None]]) -> None:
         """Store ``{key: (value, ttl in seconds or None)}``; a value that cannot be encoded is
-        left out and logged."""
-        for key, entry in self._entries(pairs):
-            self.write(key, entry)
+        left out and logged, and so is what the backend fails to store."""
+        try:
+            for key, entry in self._entries(pairs):
+                self.write(key, entry)
+        except Exception as exc:
+            self._missed("write", exc)
 
     async def aset(self, pairs: Mapping[FullKey, tuple[Any, int | None]]) -> None:
         """Like ``set``, without blocking the event loop."""
-        for key, entry in self._entries(pairs):
-            await self.awrite(key, entry)
+        try:
+            for key, entry in self._entries(pairs):
+                await self.awrite(key, entry)
+        except Exception as exc:
+            self._missed("write", exc)
+
+    def _missed(self, operation: str, exc: Exception) -> None:
+        kind = f"{operation}: {type(exc).__name__}"
+        logger.log(
+            logging.DEBUG if kind in self._logged else logging.WARNING,
+            "%s of %s failed, the run goes on without the cache (logged once): %s: %s",
+            operation,
+            type(self).__name__,
+            type(exc).__name__,
+            exc or "no answer within the deadline",
+        )
+        self._logged.add(kind)
 
     async def aclear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Like ``clear``, without blocking the event loop."""

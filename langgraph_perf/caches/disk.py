@@ -143,7 +143,11 @@ class DiskCache(TokenCache):
         """The values stored under ``keys``; absent, expired and damaged ones are left out."""
         if len(keys) != 1 or self._closed:
             return super().get(keys)
-        entry = self._one(keys[0], (), None)
+        try:
+            entry = self._one(keys[0], (), None)
+        except Exception as exc:
+            self._missed("read", exc)
+            return {}
         if entry is None:
             return {}
         try:

@@ -294,7 +294,12 @@ class RedisCache(TokenCache):
         return self._do(self._writing(key, entry, lease))
 
     def clear(self, namespaces: Sequence[Namespace] | None = None) -> None:
-        """Delete what is in exactly these namespaces; ``None`` deletes everything."""
+        """Delete what is in exactly these namespaces; ``None`` deletes everything.
+
+        Raises:
+            redis.RedisError: the server cannot be reached, say: some or all of it is still there.
+            CacheClosed: this cache is closed.
+        """
         self._settle(self._do(self._clearing(namespaces), at_once=False))
 
     async def aread(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
