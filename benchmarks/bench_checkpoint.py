@@ -370,12 +370,13 @@ class _Forgetting:
         builder.add_node("a", _node("a"), cache_policy=CachePolicy(scope="thread"))
         self._graph: Any = builder.add_edge(START, "a").compile(cache=cache)
         self._cache = cache
-        # the newest first: a memory cache keeps what is older elsewhere, where it looks second
-        self._threads = iter(range(threads - 1, -1, -1))
+        # names of its own: digests of names are remembered, and those of another side would be
+        names = [f"{token_hex(4)} {number}" for number in range(threads)]
+        self._threads = iter(names)
         self.seconds: list[float] = []
         now = time.time()
-        for thread in range(threads):
-            namespace = thread_namespace(f"thread {thread}")
+        for name in names:
+            namespace = thread_namespace(name)
             tag = owner_tag(namespace)
             deps = ((tag, cache.tag_tokens([tag])[0]),)
             for number in range(ENTRIES):
@@ -385,15 +386,15 @@ class _Forgetting:
 
     def timed(self) -> None:
         """Forget the next thread."""
-        thread = f"thread {next(self._threads)}"
+        thread = next(self._threads)
         started = time.perf_counter()
         self._graph.perf.forget_thread(thread)
         self.seconds.append(time.perf_counter() - started)
 
     def counted(self, count_in: Callable[[Any], Any]) -> Counted:
         """Forget two threads; what was done for the second."""
-        self._graph.perf.forget_thread(f"thread {next(self._threads)}")
-        thread = f"thread {next(self._threads)}"
+        self._graph.perf.forget_thread(next(self._threads))
+        thread = next(self._threads)
         with count_in(self._cache) as done:
             self._graph.perf.forget_thread(thread)
         found: Counted = done
