@@ -1,10 +1,11 @@
 """A cache as its callers see it: it never raises, never stalls a run, and batches what it can.
 
 Every operation fails open: an error or a missed deadline is a miss (or a result that is not
-stored), counted, and logged once per kind. After a few failures in a row a circuit breaker stops
-asking for a while, then lets one operation through to find out whether the backend is back
-(Nygard, *Release It!*, "Circuit Breaker"). Reads, writes and tags have breakers of their own, since
-a full disk must not stop reads; but while nothing can be read, nothing else is tried either.
+stored), counted, and logged once per kind and outage, as is the outage's end. After a few failures
+in a row a circuit breaker stops asking for a while, then lets one operation through to find out
+whether the backend is back (Nygard, *Release It!*, "Circuit Breaker"). Reads, writes and tags have
+breakers of their own, since a full disk must not stop reads; but while nothing can be read, nothing
+else is tried either.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Breaker:
         self._pause = FIRST_PAUSE
         self._closed_again_at: float | None = None
         self._probe_until = 0.0
+        self.logged: set[str] = set()
+        """Kinds of failures that are not logged again before it closes."""
 
     @property
     def is_open(self) -> bool:
@@ -64,13 +67,17 @@ class Breaker:
         self._probe_until = now + self._pause
         return True
 
-    def succeeded(self) -> None:
-        """An operation went well."""
+    def succeeded(self) -> bool:
+        """An operation went well; whether that ends an outage."""
+        was_open = self.is_open
         if self._failures:
             self._failures = 0
             self._pause = FIRST_PAUSE
             self._closed_again_at = None
             self._probe_until = 0.0
+        if was_open:
+            self.logged.clear()
+        return was_open
 
     def failed(self, *, slowly: bool = False) -> None:
         """An operation failed; one that took its deadline is reason enough to open."""
@@ -250,7 +257,8 @@ class Backend:
         except Exception as exc:
             self._failed(breaker, kind, exc)
             return None
-        breaker.succeeded()
+        if breaker.succeeded():
+            self._is_back(kind)
         return result
 
     async def _atry(
@@ -263,7 +271,8 @@ class Backend:
         except Exception as exc:
             self._failed(breaker, kind, exc)
             return None
-        breaker.succeeded()
+        if breaker.succeeded():
+            self._is_back(kind)
         return result
 
     def _allows(self, breaker: Breaker) -> bool:
@@ -281,7 +290,8 @@ class Backend:
             self.reads.failed(slowly=True)
         name = f"{kind}: {type(exc).__name__}"
         self._failures[name] += 1
-        if self._failures[name] == 1:
+        if name not in breaker.logged:
+            breaker.logged.add(name)
             logger.warning(
                 "%s of %s failed, the run goes on without the cache (logged once): %s: %s",
                 kind,
@@ -289,6 +299,9 @@ class Backend:
                 type(exc).__name__,
                 exc or "no answer within the deadline",
             )
+
+    def _is_back(self, kind: str) -> None:
+        logger.info("%s of %s works again", kind, type(self.cache).__name__)
 
 
 _of_lock = threading.Lock()

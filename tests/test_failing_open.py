@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,14 @@ from langgraph.graph import START
 from typing_extensions import TypedDict
 
 from langgraph_perf import CachePolicy, DiskCache, MemoryCache, StateGraph
-from langgraph_perf._backend import FAILURES_TO_OPEN, FIRST_PAUSE, Backend, Breaker
+from langgraph_perf._backend import (
+    FAILURES_TO_OPEN,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    Backend,
+    Breaker,
+)
+from langgraph_perf.caches.base import Lookup
 from langgraph_perf.caches.foreign import ForeignCache
 from tests.conftest import Clock
 
@@ -75,6 +83,27 @@ async def test_a_failing_operation_costs_only_the_hit(
     stats = graph.perf.stats()
     assert stats.failures[f"{broken}: OSError"] == FAILURES_TO_OPEN
     assert caplog.text.count("is broken") == 1
+
+
+def test_each_outage_and_its_end_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Every outage is one warning, however often it is met, and its end one line of information."""
+    cache, clock = Flaky(), Clock()
+    backend = Backend(cache, clock)
+    lookup = Lookup((("n",), "k"))
+    caplog.set_level(logging.INFO, "langgraph_perf")
+    for outage in range(1, 4):
+        cache.broken = {"read"}
+        for _ in range(FAILURES_TO_OPEN + 2):
+            backend.read(lookup)
+        clock.advance(FIRST_PAUSE)
+        backend.read(lookup)  # still away
+        cache.broken = set()
+        clock.advance(LONGEST_PAUSE)
+        for _ in range(3):
+            backend.read(lookup)
+        levels = [record.levelname for record in caplog.records]
+        assert levels == ["WARNING", "INFO"] * outage
+    assert caplog.messages[-1] == "read of Flaky works again"
 
 
 def test_a_failing_tag_store_never_serves_what_it_cannot_check() -> None:

@@ -62,6 +62,7 @@ def test_star_import_without_redis() -> None:
         "assert DiskCache and 'RedisCache' not in dir()\n"
         "try:\n    from langgraph_perf import RedisCache\n"
         "except ImportError as exc:\n    assert 'langgraph-perf[redis]' in str(exc)\n"
+        "    assert exc.__cause__ is None and exc.__suppress_context__\n"
         "else:\n    raise SystemExit('imported')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -20,10 +20,12 @@ try:
     from redis.asyncio.retry import Retry as AsyncRetry
     from redis.backoff import NoBackoff
     from redis.retry import Retry
-except ImportError as exc:  # pragma: no cover - tested in a process without it
+except ModuleNotFoundError as exc:  # pragma: no cover - tested in a process without it
+    if exc.name != "redis":
+        raise
     raise ImportError(
         "RedisCache needs the redis package: pip install 'langgraph-perf[redis]'"
-    ) from exc
+    ) from None
 
 _ACCEPTED = (
     "accepted: a URL (redis://, rediss://, unix://), or a client: redis.Redis, redis.RedisCluster, "

@@ -70,6 +70,7 @@ class _Tier:
         self._in_a_row = 0
         self._pause = _FIRST_PAUSE
         self._away_until = 0.0
+        self._logged = False
 
     @property
     def away(self) -> bool:
@@ -78,6 +79,9 @@ class _Tier:
 
     def succeeded(self) -> None:
         if self._in_a_row:
+            if self._in_a_row >= _FAILURES_TO_PAUSE:
+                self._logged = False
+                logger.info("%s works again", type(self.cache).__name__)
             self._in_a_row = 0
             self._pause = _FIRST_PAUSE
 
@@ -90,7 +94,8 @@ class _Tier:
         if self._in_a_row >= _FAILURES_TO_PAUSE:
             self._away_until = time.monotonic() + self._pause
             self._pause = min(self._pause * 2, _LONGEST_PAUSE)
-        if self.errors == 1:
+        if not self._logged:
+            self._logged = True
             logger.warning(
                 "%s of %s failed, the other tiers go on (logged once): %s: %s",
                 operation,

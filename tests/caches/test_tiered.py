@@ -312,6 +312,24 @@ def test_fenced_value_reaches_no_tier(cache, clock):
 # -- failing tiers --------------------------------------------------------------------------------
 
 
+def test_each_outage_of_a_tier_and_its_end_are_logged(clock, caplog, monkeypatch):
+    """Every outage is one warning, however often it is met, and its end one line of information."""
+    monkeypatch.setattr("langgraph_perf.caches.tiered._FIRST_PAUSE", 0.0)
+    caplog.set_level(logging.INFO, "langgraph_perf")
+    first, last = Broken(clock), MemoryCache(clock=clock)
+    cache = TieredCache(first, last)
+    for outage in range(1, 4):
+        first.broken = True
+        for _ in range(5):
+            payload(cache)
+        first.broken = False
+        for _ in range(3):
+            payload(cache)
+        levels = [record.levelname for record in caplog.records]
+        assert levels == ["WARNING", "INFO"] * outage
+    assert caplog.messages[-1] == "Broken works again"
+
+
 def test_failing_first_tier(clock, caplog):
     """The last tier goes on alone; failures are counted and logged once."""
     first, last = Broken(clock), MemoryCache(clock=clock)
