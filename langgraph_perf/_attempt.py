@@ -23,6 +23,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 
 # private names of LangGraph, each with a test in tests/test_langgraph_internals.py
 from langgraph._internal._constants import (
+    CONFIG_KEY_CHECKPOINTER,
     CONFIG_KEY_RESUME_MAP,
     CONFIG_KEY_RESUMING,
     CONFIG_KEY_RUNTIME,
@@ -160,6 +161,8 @@ class Attempt:
             raise Uncached("bypassed")
         if spec.code is None:
             raise Uncached("unkeyable")
+        if spec.remembers and conf.get(CONFIG_KEY_CHECKPOINTER) is not None:
+            raise Uncached("remembers", "a graph inside it remembers (checkpointer=True)")
         if _resumes(conf, spec.has_subgraph):
             # a human's answer is on its way into this task: it is nobody else's
             raise Uncached("resumed")

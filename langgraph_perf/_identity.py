@@ -53,6 +53,8 @@ class NodeSpec:
         code: the fingerprint of its code or the policy's ``version``; ``None`` if it has none,
             and then it runs uncached.
         has_subgraph: whether the node contains a graph that may be resumed inside it.
+        remembers: whether it contains one that remembers its earlier runs, so that its result
+            depends on more than its input.
         native_async: whether its body runs on the event loop, when there is one.
         retry: when LangGraph runs it again.
     """
@@ -71,6 +73,7 @@ class NodeSpec:
         self.allowed = allowed
         self.code: str | None = None
         self.has_subgraph = False
+        self.remembers = False
         self.native_async = False
         self.retry: Sequence[RetryPolicy] = ()
         self.namespace = (NAMESPACE, graph, name)

@@ -14,6 +14,7 @@ from langgraph._internal._runnable import RunnableSeq
 from langgraph.cache.base import BaseCache
 from langgraph.graph import StateGraph as LangGraphStateGraph
 from langgraph.graph.state import CompiledStateGraph
+from langgraph.pregel import Pregel
 from langgraph.pregel._utils import _runnable_has_native_async
 from langgraph.store.base import BaseStore
 from langgraph.types import All, Checkpointer, RetryPolicy, TimeoutPolicy
@@ -201,6 +202,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
                 allowed = self._types()
             spec = NodeSpec(graph.name, name, policy, uses, allowed)
             spec.has_subgraph = bool(node.subgraphs)
+            spec.remembers = _remembers(node.subgraphs)
             spec.native_async = _runnable_has_native_async(node.bound)
             spec.retry = node.retry_policy or graph.retry_policy or ()
             if policy is not None:
@@ -274,6 +276,16 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
             if schema is not None:
                 found |= types_in(schema)
         return Allowlist.of(*found)
+
+
+def _remembers(graphs: Sequence[Any]) -> bool:
+    """Whether what these graphs return depends on earlier runs in the same thread."""
+    # other graphs than these are on other machines, and asking them takes a request
+    return any(
+        graph.checkpointer is True or _remembers([inner for _, inner in graph.get_subgraphs()])
+        for graph in graphs
+        if isinstance(graph, Pregel)
+    )
 
 
 def _field_names(schema: Any) -> set[str]:
@@ -361,6 +373,8 @@ class CompiledGraph(
             # LangGraph's error for a forgotten thread_id looks for an empty configurable
             return config, None
         lent = merged.get(CONFIG_KEY_CHECKPOINTER)
+        if lent is not None and self.checkpointer is True:
+            taint("remembers")  # LangGraph may not have found it inside the node
         overridden = any(inner.overridden for inner in perf.family)
         if overridden or (parent is not None and parent.overridden):
             taint("overridden")  # and so is what a graph around this one makes of it

@@ -578,7 +578,6 @@ def test_subgraphs_that_remember_or_do_not(kept: Place, checkpointer: bool | Non
     assert (plain["counts"], ours["counts"]) == (6, 3 if checkpointer else 1)
 
 
-@pytest.mark.xfail(strict=True, reason="what such a graph remembers is in no key")
 def test_a_cached_node_that_is_a_graph_with_a_memory(kept: Place) -> None:
     """A node whose result depends on what its graph remembers is not answered from the cache."""
 

@@ -545,3 +545,19 @@ def test_threads_may_be_numbers(cache: Cache) -> None:
     graph.perf.forget_thread(1)
     run(graph, "1")
     assert len(ran) == 2
+
+
+def test_a_graph_that_remembers_hidden_in_a_node(cache: Cache) -> None:
+    """Its result depends on earlier runs of the thread, though LangGraph does not see it there."""
+    remembering = {"graph": build(lambda state: None, None, CachePolicy(version="2"), saver=True)}
+
+    def around(state: State) -> Any:
+        remembering["graph"].invoke(state)
+        return {"answer": "a"}
+
+    graph = build(around, cache, CachePolicy(version="1", key=["query"]))
+    run(graph, "alice")
+    run(graph, "bob")
+    stats = graph.perf.stats().nodes["answer"]
+    assert stats.hits == 0
+    assert stats.refusals["remembers"] == 2
