@@ -10,7 +10,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any
+from urllib.parse import urlsplit
 
 from langgraph_perf.errors import ConfigurationError
 
@@ -31,6 +33,7 @@ _ACCEPTED = (
     "accepted: a URL (redis://, rediss://, unix://), or a client: redis.Redis, redis.RedisCluster, "
     "redis.asyncio.Redis"
 )
+_PLAIN_VALUES = (type(None), bool, int, float, type)
 _SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
 _PLAIN = {
     redis.Connection: redis.asyncio.Connection,
@@ -77,7 +80,10 @@ class Source:
                 "only; accepted: a redis.RedisCluster, which serves sync and async graphs"
             )
         else:
-            raise ConfigurationError(f"url_or_client: got {given!r}; {_ACCEPTED}")
+            # others, of a pool or a dict, say, may show a password
+            what = repr(given) if isinstance(given, _PLAIN_VALUES) else type(given).__name__
+            hint = " (of a Sentinel: sentinel.master_for(name))" if "Sentinel" in what else ""
+            raise ConfigurationError(f"url_or_client: got {what:.200}; {_ACCEPTED}{hint}")
 
     def _from_url(self, url: str) -> None:
         scheme, colon, rest = url.partition("://")
@@ -86,9 +92,26 @@ class Source:
             pool = redis.ConnectionPool.from_url(url)
             apool = redis.asyncio.ConnectionPool.from_url(url)
         except (ValueError, TypeError) as exc:
+            # what is no port may be a part of the password
+            why = "the port is no number" if "Port could not be cast" in str(exc) else exc
             raise ConfigurationError(
-                f"url_or_client: got the URL {_redacted(url)!r}: {exc}; {_ACCEPTED}"
+                f"url_or_client: got the URL {_redacted(url)!r}: {why}; {_ACCEPTED}{_encoded(url)}"
             ) from None
+        path = urlsplit(url).path
+        if not url.startswith("unix:") and not re.fullmatch(r"/?\d*", path):
+            raise ConfigurationError(
+                f"url_or_client: got the URL {_redacted(url)!r}, in which no database number "
+                f"follows the server; accepted: redis://user:password@host:port/0{_encoded(url)}"
+            )
+        known = _settings_of(pool.connection_class)
+        for name in pool.connection_kwargs:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                raise ConfigurationError(
+                    f"url_or_client: got the URL {_redacted(url)!r}, whose option {name!r} is "
+                    f"unknown; accepted: {near[0] if near else ', '.join(sorted(known))} "
+                    "(timeouts are better given to RedisCache)"
+                )
         self.connect = self._maker(pool.connection_class, pool.connection_kwargs, Retry)
         self.aconnect = self._maker(apool.connection_class, apool.connection_kwargs, AsyncRetry)
 
@@ -143,6 +166,63 @@ def _common(settings: dict[str, Any], twin: Any) -> dict[str, Any] | None:
     return shared
 
 
+def _settings_of(kind: Any) -> set[str]:
+    """What connections of this class can be told."""
+    return {
+        name
+        for each in kind.__mro__
+        if each is not object
+        for name, known in inspect.signature(each.__init__).parameters.items()
+        if known.kind is known.POSITIONAL_OR_KEYWORD or known.kind is known.KEYWORD_ONLY
+    } - {"self"}
+
+
 def _redacted(url: str) -> str:
     """``url`` without its password, however malformed."""
-    return re.sub(r"(?<=:)[^/@]*@", "***@", url.partition("?")[0])
+    # a password that is not encoded may hold any of / @ ? #
+    start, colon, rest = url.partition("://")
+    user, at, place = rest.rpartition("@")
+    if at:
+        rest = f"{user.partition(':')[0]}:***@{place}" if ":" in user else f"***@{place}"
+    before, mark, query = rest.partition("?")
+    options = [
+        option if _HARMLESS.search(option.partition("=")[0]) else f"{option.partition('=')[0]}=***"
+        for option in query.split("&")
+    ]
+    return f"{start}{colon}{before}{mark}{'&'.join(options) if mark else ''}"
+
+
+_HARMLESS = re.compile(r"time|^db$|^protocol$|^max_|^health")
+
+
+def _encoded(url: str) -> str:
+    if "@" not in url:
+        return ""
+    return "; in user and password / @ : ? # are percent-encoded (urllib.parse.quote(..., safe=''))"
+
+
+def unusable(source: Source, exc: Exception) -> str:
+    """What ``ping`` says of a server that answered, or did not, with ``exc``."""
+    place, tls = "the cluster", False
+    if source.connect is not None:
+        one = source.connect()
+        host, port = getattr(one, "host", None), getattr(one, "port", None)
+        place = getattr(one, "path", None) or f"{host}:{port}"
+        place = f"{place}, database {one.db}"
+        if one.username:
+            place += f", as user {one.username!r}"
+        tls = isinstance(one, redis.SSLConnection)
+    said = f"{type(exc).__name__}: {exc}"
+    hint = ""
+    if "HELLO must be called" in said or "NOAUTH" in said or "Authentication required" in said:
+        hint = "; it wants a password, and was given none"
+    elif "DB index" in said:
+        hint = "; it has no such database"
+    elif tls:
+        hint = "; rediss:// is for servers that speak TLS: redis:// if this one does not"
+    elif isinstance(exc, redis.ConnectionError) and "closed" in said:
+        hint = "; what listens there is no Redis server, or one that speaks TLS (rediss://)"
+    return (
+        f"url_or_client: the server at {place} cannot be used: {said}{hint}; accepted: a Redis "
+        "(6.2 or later) or Valkey server that can be reached, with its user and password"
+    )

@@ -168,6 +168,10 @@ class Cache(BaseCache[Any]):
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(serde=serde)
+        if not callable(clock):
+            raise ConfigurationError(
+                f"clock: got {clock!r:.200}; accepted: a callable that returns unix seconds"
+            )
         self.value_serde = serde
         self.clock = clock
         self._tally = Tally()

@@ -44,7 +44,7 @@ from typing import Any, TypeVar
 from langgraph.cache.base import FullKey, Namespace
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
-from langgraph_perf.caches._redis_connect import Source
+from langgraph_perf.caches._redis_connect import Source, unusable
 from langgraph_perf.caches._redis_lines import AsyncLine, ClusterLine, Command, Line, Script, Trips
 from langgraph_perf.caches._redis_listener import Listener
 from langgraph_perf.caches._redis_view import VIEW_SECONDS, TagView
@@ -189,7 +189,8 @@ class RedisCache(TokenCache):
 
     Raises:
         ConfigurationError: an argument is not as described.
-        ImportError: the ``redis`` extra is not installed.
+
+    Importing it without the ``redis`` extra is an ``ImportError``.
     """
 
     shared = True
@@ -261,7 +262,7 @@ class RedisCache(TokenCache):
         try:
             self._do(self._pinging())
         except Exception as exc:
-            raise ConfigurationError(_unusable(exc)) from exc
+            raise ConfigurationError(unusable(self._source, exc)) from exc
 
     async def aping(self) -> None:
         """Like ``ping``, without blocking the event loop."""
@@ -269,7 +270,7 @@ class RedisCache(TokenCache):
         try:
             await self._ado(self._pinging())
         except Exception as exc:
-            raise ConfigurationError(_unusable(exc)) from exc
+            raise ConfigurationError(unusable(self._source, exc)) from exc
 
     def _pinging(self) -> Steps[None]:
         (reply,) = yield [(_RENEW, 1, self._name("l", "ping"), "nobody", 1)]
@@ -1043,10 +1044,3 @@ def _tokens(tags: Iterable[str], values: Iterable[Any]) -> dict[str, str]:
         for tag, value in zip(tags, values, strict=True)
         if value is not None
     }
-
-
-def _unusable(exc: Exception) -> str:
-    return (
-        f"url_or_client: the server cannot be used: {type(exc).__name__}: {exc}; accepted: a Redis "
-        "(6.2 or later) or Valkey server that can be reached, with its user and password"
-    )

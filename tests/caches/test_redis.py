@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import operator
+import re
 import signal
 import subprocess
 import sys
@@ -71,7 +72,13 @@ def keys(n: int) -> list[Any]:
         ("redis://localhost:99999999/0", "URL"),
         (None, "got None"),
         (42, "got 42"),
-        (MemoryCache(), "got <langgraph_perf"),
+        (MemoryCache(), "got MemoryCache"),
+        ({"password": "s3cret"}, "got dict;"),
+        (Sentinel([("localhost", 1)]), "sentinel.master_for(name)"),
+        ("redis://localhost/zero", "no database number"),
+        ("redis://localhost/0?timeout=abc", "?timeout=abc"),
+        ("redis://localhost/0?socket_timeout=abc", "?socket_timeout=abc"),
+        ("redis://localhost/0?sockt_timeout=1", "accepted: socket_timeout"),
     ],
 )
 def test_what_is_no_server_is_refused(given: Any, message: str) -> None:
@@ -88,6 +95,59 @@ def test_errors_never_show_a_password() -> None:
         RedisCache("redis://user:s3cret@host:port/0?password=s3cret")
     assert "s3cret" not in str(caught.value)
     assert "user" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:QQ@QQ/QQ@localhost:17391/0",
+        "redis://:QQ/QQ@QQ@localhost:17391/0",
+        "redis://:QQ#QQ@localhost:17391/0",
+        "redis://:QQ?QQ@localhost:17391/0",
+        "redis://localhost:17391/0?pasword=QQ",
+        "redis://localhost:17391/zero?password=QQ",
+    ],
+)
+def test_passwords_that_are_not_encoded(url: str) -> None:
+    """They are refused with the way to write them, and no part of them is shown."""
+    with pytest.raises(ConfigurationError) as caught:
+        RedisCache(url)
+    assert "QQ" not in str(caught.value)
+    assert "percent-encoded" in str(caught.value) or "@" not in url
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_ping_says_what_is_wrong(own_server: Server, mode: str) -> None:
+    """It names the server, the user and what to look at; the password it does not."""
+    client = own_server.client()
+    client.config_set("requirepass", "s3cret")
+    place = f"127.0.0.1:{own_server.port}"
+    client.close()
+    for url, parts in {
+        f"redis://{place}/0": [place, "it wants a password, and was given none"],
+        f"redis://:wr0ng@{place}/0": [place, "WRONGPASS|invalid username-password"],
+        f"redis://bob:wr0ng@{place}/0": [place, "as user 'bob'"],
+        f"redis://:s3cret@{place}/99": [f"{place}, database 99", "no such database"],
+        f"rediss://:s3cret@{place}/0": [place, "redis:// if this one does not"],
+    }.items():
+        with RedisCache(url, timeout=0.3, connect_timeout=0.3) as cache:
+            ping = cache.ping if mode == "sync" else lambda c=cache: asyncio.run(c.aping())
+            with pytest.raises(ConfigurationError) as caught:
+                ping()
+            said = str(caught.value)
+            for part in parts:
+                assert re.search(part, said), said
+            assert "s3cret" not in said
+            assert "wr0ng" not in said
+
+
+@pytest.mark.parametrize("clock", [5, None, "now"])
+def test_clocks(clock: Any) -> None:
+    """A clock that cannot be called is refused here, not in the first run."""
+    with pytest.raises(ConfigurationError, match="clock: got"):
+        RedisCache("redis://localhost:1", clock=clock)
+    with pytest.raises(ConfigurationError, match="clock: got"):
+        MemoryCache(clock=clock)
 
 
 @pytest.mark.parametrize("prefix", ["", "a b", "a{b}", "a*", "é", "x" * 101, None, 7, b"lgp"])
