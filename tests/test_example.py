@@ -611,7 +611,8 @@ def test_three_processes_share_one_redis(tmp_path: Path, endpoint: Endpoints) ->
     together = [cells(line) for line in done.stdout.splitlines() if line.startswith("all  ")]
     nothing, once = ["0", "0", "0", "0"], ["1", "0", "1", "1"]
     assert [row[1] for row in together] == ["3"] * 4
-    assert [row[3:] for row in together] == [nothing, nothing, once, nothing]
+    assert [row[4:] for row in together] == [nothing, nothing, once, nothing]
+    assert [together[i][3] for i in (0, 1, 3)] == ["12"] * 3  # of three processes all four nodes
     assert not list((tmp_path / "cache").glob("*"))
 
 

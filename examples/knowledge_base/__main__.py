@@ -222,6 +222,10 @@ def three_processes(
         ask("all ask what Redis knows")
         ask("again: from their own memory")
         edit()
+        progress.line(
+            "\nwhat the edit outdated runs once more, in one of the three; the others wait for it,"
+            "\nand a process that runs a node for the first time loads its models before ..."
+        )
         ask("after one has edited a document and invalidated 'docs'")
         ask("again")
 

@@ -209,16 +209,22 @@ def resources_table(resources: Mapping[str, ResourceStats]) -> list[str]:
 
 
 def processes_table(title: str, passes: Sequence[Pass]) -> list[str]:
-    """One row for each process, and one for all: how often each node really ran."""
-    rows = [[title, "answers", "seconds", *(f"{name} ran" for name in NODES)]]
+    """One row for each process, and one for all: how many nodes were answered from the cache, and
+    how often each really ran."""
+    rows = [[title, "answers", "seconds", "hits", *(f"{name} ran" for name in NODES)]]
     for number, p in enumerate(passes, 1):
         ran = [str(p.nodes[name].runs) for name in NODES]
-        rows.append([f"process {number}", str(p.answers), f"{p.seconds:.2f}", *ran])
+        hits = _hits(p.nodes)
+        rows.append([f"process {number}", str(p.answers), f"{p.seconds:.2f}", hits, *ran])
     together = total(passes)
     asked = sum(p.answers for p in passes)
     longest = max(p.seconds for p in passes)
     runs = [str(together[name].runs) for name in NODES]
-    return _aligned([*rows, ["all", str(asked), f"{longest:.2f}", *runs]])
+    return _aligned([*rows, ["all", str(asked), f"{longest:.2f}", _hits(together), *runs]])
+
+
+def _hits(nodes: Mapping[str, Tally]) -> str:
+    return str(sum(nodes[name].hits for name in NODES))
 
 
 def _times(slow: float, fast: float) -> str:
