@@ -280,3 +280,19 @@ def test_damaged_entries_are_misses(tmp_path: Path) -> None:
             assert graph.invoke({"query": "q"})["answer"] == "done"
         stats = graph.perf.stats().nodes["node"]
         assert (stats.runs, stats.hits) == (2, 1)
+
+
+def test_runs_are_those_that_came_to_their_end() -> None:
+    """A body that raises makes its call a miss without a run."""
+
+    def fails(state: State) -> State:
+        raise OSError("node is broken")
+
+    builder = StateGraph(State)
+    builder.add_node("node", fails, cache_policy=CachePolicy())
+    graph = builder.add_edge(START, "node").compile(cache=MemoryCache())
+    for _ in range(3):
+        with pytest.raises(OSError, match="broken"):
+            graph.invoke({"query": "q"})
+    stats = graph.perf.stats().nodes["node"]
+    assert (stats.misses, stats.runs) == (3, 0)
