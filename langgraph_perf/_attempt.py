@@ -24,10 +24,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 # private names of LangGraph, each with a test in tests/test_langgraph_internals.py
 from langgraph._internal._constants import (
     CONFIG_KEY_CHECKPOINTER,
-    CONFIG_KEY_RESUME_MAP,
-    CONFIG_KEY_RESUMING,
     CONFIG_KEY_RUNTIME,
-    CONFIG_KEY_SCRATCHPAD,
 )
 from langgraph.cache.base import Namespace
 from langgraph.pregel._retry import _should_retry_on
@@ -39,8 +36,8 @@ from langgraph_perf._call import load as load_entry
 from langgraph_perf._drive import NOBODY, Caller
 from langgraph_perf._flight import held_flights
 from langgraph_perf._freshness import Freshness
+from langgraph_perf._gathering import GATHERINGS, gatherings, narrowed, part_of
 from langgraph_perf._identity import (
-    RUN_SECONDS,
     NodeSpec,
     Uncached,
     call_key,
@@ -48,14 +45,15 @@ from langgraph_perf._identity import (
     call_owner,
     call_tags,
 )
+from langgraph_perf._owner import RUN_SECONDS
 from langgraph_perf._provenance import mark_hit
 from langgraph_perf._sealing import Seal
 from langgraph_perf._steps import Call, Ran
 from langgraph_perf._thread_body import on_thread
-from langgraph_perf._watch import Watch, current_config
+from langgraph_perf._watch import Watch, current_config, resumes
 from langgraph_perf.caches.base import Entry, namespace_tag
 from langgraph_perf.errors import CacheMiss, ConfigurationError
-from langgraph_perf.policy import narrowest_scope, shortest
+from langgraph_perf.policy import CacheControl, narrowest_scope, shortest
 
 
 class Node(Protocol):
@@ -115,6 +113,10 @@ class Attempt:
         binding: Binding | None = conf.get(BINDING)
         if spec.policy is None:
             return
+        control = CacheControl() if binding is None else binding.control.for_node(spec.name)
+        scope = narrowest_scope(spec.policy.scope, control.scope)
+        # whatever becomes of the call: what is made of its result is not everybody's
+        narrowed(part_of(conf), scope)
         try:
             if binding is None or binding.backend is None:
                 raise Uncached(
@@ -124,7 +126,7 @@ class Attempt:
                 raise Uncached("arguments", "it was called with extra arguments")
             self.call, self.caller = self._call(spec, conf, binding)
         except Uncached as exc:
-            if binding is not None and binding.control.for_node(spec.name).mode == "only":
+            if control.mode == "only":
                 raise CacheMiss(
                     spec.name, f"node {spec.name!r} may not run (mode 'only') and {exc}"
                 ) from None
@@ -163,7 +165,7 @@ class Attempt:
             raise Uncached("unkeyable")
         if spec.remembers and conf.get(CONFIG_KEY_CHECKPOINTER) is not None:
             raise Uncached("remembers", "a graph inside it remembers (checkpointer=True)")
-        if _resumes(conf, spec.has_subgraph):
+        if resumes(conf, spec.has_subgraph):
             # a human's answer is on its way into this task: it is nobody else's
             raise Uncached("resumed")
         runtime = conf.get(CONFIG_KEY_RUNTIME)
@@ -232,7 +234,8 @@ class Attempt:
             held=held_flights.get(),
             scope=scope,
             owner=owner,
-            marks=call_marks(owner, conf, self.config.get("metadata") or {}),
+            marks=call_marks(owner, self.config),
+            around=part_of(conf),
         )
         heartbeat = getattr(runtime, "heartbeat", NOBODY.heartbeat)
         return call, Caller(heartbeat, binding.blocked_loop, not self.node.spec.native_async)
@@ -351,6 +354,10 @@ class Attempt:
             callbacks = callbacks.copy()
             callbacks.add_handler(self._usage, inherit=True)
             config["callbacks"] = callbacks
+        gathering = gatherings.get()
+        if gathering:
+            conf = config.get("configurable") or {}
+            config["configurable"] = {**conf, GATHERINGS: gathering}
         with current_config(config):
             self._started = time.perf_counter()
             yield config
@@ -421,18 +428,6 @@ class _Total:
             except TypeError:
                 self._adds = False
         self.value = chunk
-
-
-def _resumes(conf: Mapping[str, Any], has_subgraph: bool) -> bool:
-    """Whether this task may be handed a human's answer."""
-    scratchpad = conf.get(CONFIG_KEY_SCRATCHPAD)
-    if scratchpad is None:
-        return False
-    if scratchpad.resume or scratchpad.get_null_resume(False) is not None:
-        return True
-    # answers given by interrupt id may be for a graph inside the node, which LangGraph sees or not
-    resuming = bool(conf.get(CONFIG_KEY_RESUMING))
-    return resuming and (has_subgraph or bool(conf.get(CONFIG_KEY_RESUME_MAP)))
 
 
 def _step_config(config: RunnableConfig, number: int) -> RunnableConfig:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping
+import threading
+import weakref
+from collections.abc import Mapping, MutableSet
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.cache.base import Namespace
 
 from langgraph_perf._backend import Backend, owner_tag
-from langgraph_perf._owner import Pins, run_namespace
+from langgraph_perf._owner import DEAD, Pins, run_namespace
 from langgraph_perf._refresh import Refreshes
 from langgraph_perf.policy import CacheControl
 from langgraph_perf.stats import ItemCounters
@@ -70,12 +72,14 @@ class Binding:
         run_id: names the outermost run; random.
         blocked_loop: the event loop whose thread made a blocking call and waits for this run.
         overridden: whether resources were replaced for a test, so that nothing may be stored.
-        serde: the checkpointer's.
+        saver: the checkpointer; its serde may not be known before it was used.
         forked: whether the run starts from a checkpoint that its caller named.
         pins: the tokens that the run goes by for what its thread and itself own.
+        seen: the caches of graphs inside, which the outermost graph is to know.
     """
 
     __slots__ = (
+        "__weakref__",
         "backend",
         "blocked_loop",
         "configurable",
@@ -88,7 +92,8 @@ class Binding:
         "refreshes",
         "resources",
         "run_id",
-        "serde",
+        "saver",
+        "seen",
     )
 
     def __init__(
@@ -103,9 +108,10 @@ class Binding:
         run_id: str,
         blocked_loop: asyncio.AbstractEventLoop | None,
         overridden: bool,
-        serde: Any,
+        saver: Any,
         forked: bool,
         pins: Pins,
+        seen: MutableSet[Backend],
     ) -> None:
         self.backend = backend
         self.items = items
@@ -117,9 +123,15 @@ class Binding:
         self.run_id = run_id
         self.blocked_loop = blocked_loop
         self.overridden = overridden
-        self.serde = serde
+        self.saver = saver
         self.forked = forked
         self.pins = pins
+        self.seen = seen
+
+    @property
+    def serde(self) -> Any:
+        """The checkpointer's."""
+        return getattr(self.saver, "serde", None)
 
     def owned(self) -> list[tuple[Backend, Namespace]]:
         """Where results may be that belong to the outermost run alone."""
@@ -132,6 +144,19 @@ class Binding:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         return self
+
+
+_alive: weakref.WeakSet[Binding] = weakref.WeakSet()
+_registering = threading.Lock()
+
+
+def owner_forgotten(backend: Backend, tag: str) -> None:
+    """Every run of this process that has not yet taken the token of ``tag`` may store nothing for
+    the tag's owner: it began before the owner was forgotten."""
+    with _registering:
+        runs = list(_alive)
+    for run in runs:
+        run.pins.setdefault((backend, tag), DEAD)
 
 
 def ambient() -> Mapping[str, Any]:
@@ -150,7 +175,8 @@ def make_binding(
     *,
     blocking: bool,
     overridden: bool,
-    serde: Any,
+    saver: Any,
+    seen: MutableSet[Backend],
 ) -> Binding:
     """The binding of a run that starts now.
 
@@ -163,7 +189,8 @@ def make_binding(
         configurable: what the run's nodes will see.
         blocking: whether the caller's thread waits for the run.
         overridden: whether resources of the graph are replaced for a test.
-        serde: the graph's own checkpointer's; within a parent, the parent's.
+        saver: the graph's own checkpointer; within a parent, the parent's.
+        seen: where the caches of graphs inside are noted; within a parent, the parent's.
 
     Raises:
         ConfigurationError: ``configurable["cache_control"]`` is not valid.
@@ -177,8 +204,10 @@ def make_binding(
     else:
         control = parent.control if raw is parent.raw_control else CacheControl.of(raw)
         run_id, items, backend = parent.run_id, parent.items, backend or parent.backend
-        refreshes, serde = parent.refreshes, serde or parent.serde
-        forked, pins = parent.forked, parent.pins
+        refreshes, saver, seen = parent.refreshes, saver or parent.saver, parent.seen
+        forked, pins = forked or parent.forked, parent.pins
+        if backend is not None:
+            seen.add(backend)
         blocked = blocked or parent.blocked_loop
         if resources is None:
             resources = parent.resources
@@ -188,7 +217,7 @@ def make_binding(
         # what a test's replacements make is nobody else's result, nor would a stored one use them
         overridden, control = True, CacheControl(mode="bypass")
     users = users_part(configurable)
-    return Binding(
+    binding = Binding(
         backend,
         items,
         refreshes,
@@ -199,10 +228,15 @@ def make_binding(
         run_id,
         blocked,
         overridden,
-        serde,
+        saver,
         forked,
         pins,
+        seen,
     )
+    if parent is None:
+        with _registering:
+            _alive.add(binding)
+    return binding
 
 
 def users_part(configurable: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
-from langgraph_perf._lives import Lives
+from langgraph_perf._lives import Lives, at_the_end, kept
 from langgraph_perf._provenance import METADATA, Ledger
 
 Saver = BaseCheckpointSaver[Any]
@@ -30,10 +32,25 @@ def bound(saver: Saver, lives: Lives) -> Saver:
     known = saver.__dict__ if issubclass(type(saver), _Bound) else {}
     inner: Any = known.get("_saver", saver)
     kind: Any = type(inner)
-    others = [other for other in known.get("_lives", ()) if other is not lives]
-    made: Saver = _class_for(kind)(inner, (*others, lives))
-    made.__dict__["provenance"] = known.get("provenance") or Ledger()
+    told = known.get("_told")
+    if told is None:
+        told = _told_by(inner)
+    told.add(lives)
+    made: Saver = _class_for(kind)(inner, told, known.get("provenance") or Ledger())
     return made
+
+
+def _told_by(saver: Saver) -> weakref.WeakSet[Lives]:
+    """Who is told by all graphs that have this very saver: they have its threads in common."""
+    with _making:
+        try:
+            return _told.setdefault(saver, weakref.WeakSet())
+        except TypeError:  # it cannot be hashed, or not be referred to weakly
+            return weakref.WeakSet()
+
+
+_making = threading.Lock()
+_told: weakref.WeakKeyDictionary[Saver, weakref.WeakSet[Lives]] = weakref.WeakKeyDictionary()
 
 
 def is_bound(saver: object, lives: Lives) -> bool:
@@ -42,9 +59,7 @@ def is_bound(saver: object, lives: Lives) -> bool:
     if not issubclass(type(saver), _Bound):
         return False
     kind: Any = type(saver.__dict__["_saver"])
-    return type(saver) is _class_for(kind) and any(
-        known is lives for known in saver.__dict__["_lives"]
-    )
+    return type(saver) is _class_for(kind) and lives in saver.__dict__["_told"]
 
 
 class _Bound:
@@ -54,17 +69,46 @@ class _Bound:
         provenance: what was served from the cache and is in no checkpoint yet.
     """
 
-    def __init__(self, saver: Saver, lives: tuple[Lives, ...]) -> None:
-        self.__dict__.update(_saver=saver, _lives=lives)
+    def __init__(self, saver: Saver, told: weakref.WeakSet[Lives], ledger: Ledger) -> None:
+        self.__dict__.update(_saver=saver, _told=told, provenance=ledger)
         for name in _OPTIONAL:
-            if getattr(type(saver), name, None) is getattr(BaseCheckpointSaver, name, None):
-                # on the object: a method of the class would say that it can
+            base = getattr(BaseCheckpointSaver, name, None)
+            if getattr(type(saver), name, None) is not base:
+                continue
+            # on the object: a method of the class would say that it can
+            if getattr(getattr(saver, name, None), "__func__", None) is base:
                 self.__dict__[name] = functools.partial(_cannot, type(saver).__name__, name)
+            else:
+                self.__dict__[name] = types.MethodType(_TELLING[name], self)
+        self.__dict__["deletes_runs"] = any(
+            not isinstance(getattr(self, name, None), functools.partial)
+            for name in ("delete_for_runs", "adelete_for_runs")
+            if hasattr(BaseCheckpointSaver, name)
+        )
+
+    def _tell(self, what: str, *args: Any) -> None:
+        """Whatever one of them raises, all are told."""
+        with at_the_end() as failures:
+            for lives in list(self.__dict__["_told"]):
+                with kept(failures):
+                    getattr(lives, what)(*args)
+
+    async def _atell(self, what: str, *args: Any) -> None:
+        with at_the_end() as failures:
+            for lives in list(self.__dict__["_told"]):
+                with kept(failures):
+                    await getattr(lives, what)(*args)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_saver", "_lives", "provenance"):
+        if "_saver" not in self.__dict__:
             raise AttributeError(name)  # being copied: not there yet
         return getattr(self.__dict__["_saver"], name)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.__dict__["_saver"], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return type(self)(copy.deepcopy(self.__dict__["_saver"], memo), self._told, Ledger())
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__dict__["_saver"], name, value)
@@ -104,13 +148,13 @@ async def _aput(
 
 
 def _get_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-    for lives in self._lives:
+    for lives in list(self._told):
         lives.started(config)
     return self._saver.get_tuple(config, *args, **kwargs)
 
 
 async def _aget_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-    for lives in self._lives:
+    for lives in list(self._told):
         await lives.astarted(config)
     return await self._saver.aget_tuple(config, *args, **kwargs)
 
@@ -119,60 +163,60 @@ def _delete_thread(self: Any, thread_id: str, *args: Any, **kwargs: Any) -> None
     try:
         self._saver.delete_thread(thread_id, *args, **kwargs)
     finally:
-        for lives in self._lives:
-            lives.forget([thread_id])
+        self.provenance.forget([thread_id])
+        self._tell("forget", [thread_id])
 
 
 async def _adelete_thread(self: Any, thread_id: str, *args: Any, **kwargs: Any) -> None:
     try:
         await self._saver.adelete_thread(thread_id, *args, **kwargs)
     finally:
-        for lives in self._lives:
-            await lives.aforget([thread_id])
+        self.provenance.forget([thread_id])
+        await self._atell("aforget", [thread_id])
 
 
 def _delete_for_runs(self: Any, run_ids: Any, *args: Any, **kwargs: Any) -> None:
+    run_ids = list(run_ids)
     try:
         self._saver.delete_for_runs(run_ids, *args, **kwargs)
     finally:
-        for lives in self._lives:
-            lives.forget_runs(run_ids)
+        self._tell("forget_runs", run_ids)
 
 
 async def _adelete_for_runs(self: Any, run_ids: Any, *args: Any, **kwargs: Any) -> None:
+    run_ids = list(run_ids)
     try:
         await self._saver.adelete_for_runs(run_ids, *args, **kwargs)
     finally:
-        for lives in self._lives:
-            await lives.aforget_runs(run_ids)
+        await self._atell("aforget_runs", run_ids)
 
 
 def _prune(self: Any, thread_ids: Any, *args: Any, **kwargs: Any) -> None:
+    thread_ids = list(thread_ids)
     try:
         self._saver.prune(thread_ids, *args, **kwargs)
     finally:
-        for lives in self._lives if _deletes(self._saver.prune, thread_ids, args, kwargs) else ():
-            lives.forget(thread_ids)
+        if _deletes(self._saver.prune, thread_ids, args, kwargs):
+            self._tell("forget", thread_ids)
 
 
 async def _aprune(self: Any, thread_ids: Any, *args: Any, **kwargs: Any) -> None:
+    thread_ids = list(thread_ids)
     try:
         await self._saver.aprune(thread_ids, *args, **kwargs)
     finally:
-        for lives in self._lives if _deletes(self._saver.aprune, thread_ids, args, kwargs) else ():
-            await lives.aforget(thread_ids)
+        if _deletes(self._saver.aprune, thread_ids, args, kwargs):
+            await self._atell("aforget", thread_ids)
 
 
 def _copy_thread(self: Any, source: str, target: str, *args: Any, **kwargs: Any) -> None:
     self._saver.copy_thread(source, target, *args, **kwargs)
-    for lives in self._lives:
-        lives.copy(source, target)
+    self._tell("copy", source, target)
 
 
 async def _acopy_thread(self: Any, source: str, target: str, *args: Any, **kwargs: Any) -> None:
     await self._saver.acopy_thread(source, target, *args, **kwargs)
-    for lives in self._lives:
-        await lives.acopy(source, target)
+    await self._atell("acopy", source, target)
 
 
 def _with_allowlist(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -216,7 +260,7 @@ _OPTIONAL |= {f"a{name}": instead for name, instead in _OPTIONAL.items()}
 _ENTERED = ("__enter__", "__exit__", "__aenter__", "__aexit__")
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _class_for(kind: Any) -> Any:
     members: dict[str, Any] = {
         # so that `isinstance` sees the saver that it stands for

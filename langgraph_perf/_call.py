@@ -121,9 +121,9 @@ def load(call: Call, entry: Entry, how: How) -> Ran | None:
         if call.counters.refused("undecodable"):
             logger.warning("%s: a stored result is not served: %s", call.name, exc)
         return None
-    depends(call.backend, entry.deps, call.scope)
+    depends(call.around, call.backend, entry.deps, call.scope)
     if how in ("stale", "fallback"):
-        taint("stale_inside")  # what is made of it would be served as fresh
+        taint(call.around, "stale_inside")  # what is made of it would be served as fresh
     if how == "hit":
         call.counters.hit(entry.seconds, entry.tokens)
     elif how == "stale":
@@ -300,11 +300,11 @@ def _compute(
     if call.mode != "refresh":
         call.counters.miss()
     try:
-        deps: tuple[tuple[str, str], ...] | None = ()
         tags = (*call.tags, *call.marks)
-        if tags:
+        deps = None if call.owner is None else call.owner.known(call.backend, tags)
+        if deps is None:
             # taken before the body reads anything: an invalidation from here on must count
-            tokens = yield Tokens(tags)
+            tokens = (yield Tokens(tags)) if tags else ()
             deps = None if tokens is None else tuple(zip(tags, tokens, strict=True))
             if deps is not None and call.owner is not None:
                 deps = call.owner.pinned(call.backend, deps)
@@ -318,7 +318,7 @@ def _compute(
         call.counters.ran(done.seconds, spent)
         if deps is not None:
             deps = tuple({**gathering.deps, **dict(deps)}.items())
-            depends(call.backend, deps, call.scope)
+            depends(call.around, call.backend, deps, call.scope)
         done.tainted = done.tainted or gathering.tainted
         if gathering.elsewhere:
             done.tainted = done.tainted or "tags_elsewhere"

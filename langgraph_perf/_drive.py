@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from langgraph_perf import _heartbeat
 from langgraph_perf._call import steps
 from langgraph_perf._flight import AsyncWaiter, SyncWaiter, held_flights
-from langgraph_perf._gathering import gatherings
+from langgraph_perf._gathering import gathering_in
 from langgraph_perf._steps import (
     Acquire,
     Call,
@@ -265,14 +265,14 @@ def _running(step: Run, call: Call) -> Iterator[None]:
     """What surrounds a running body: inner calls know its flight and report what they depend on,
     and its lease is kept alive."""
     flights = held_flights.set((*call.held, step.flight) if step.flight else call.held)
-    gathering = gatherings.set((*gatherings.get(), step.gathering))
     if step.lease is not None:
         limit = BACKGROUND_LEASE if call.background else math.inf
         _heartbeat.keep(call.backend.cache, step.lease, limit)
     if step.flight is not None:
         call.suspects.append(step.flight)
     try:
-        yield
+        with gathering_in((*call.around, step.gathering)):
+            yield
     finally:
         if step.flight is not None:
             call.suspects.remove(step.flight)
@@ -280,7 +280,6 @@ def _running(step: Run, call: Call) -> Iterator[None]:
             _heartbeat.drop(step.lease)
         # a stream that is closed by the garbage collector ends in another context
         with suppress(ValueError):
-            gatherings.reset(gathering)
             held_flights.reset(flights)
 
 

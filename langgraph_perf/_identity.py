@@ -11,7 +11,7 @@ from langgraph.types import RetryPolicy
 
 from langgraph_perf import keys
 from langgraph_perf._binding import Binding
-from langgraph_perf._owner import Owner, made_in, run_namespace, thread_namespace
+from langgraph_perf._owner import Owner, made_in, run_id_of, run_namespace, thread_namespace
 from langgraph_perf.caches.base import tag_id
 from langgraph_perf.codec import Allowlist
 from langgraph_perf.errors import ConfigurationError
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("langgraph_perf")
 
 NAMESPACE = "langgraph_perf"
-RUN_SECONDS = 86400.0
-"""How long a result is kept that is removed with its run: a run that was killed removes nothing."""
 Tags = tuple[str, ...]
 _MISSING = object()
 
@@ -169,10 +167,10 @@ def call_owner(who: str, scope: Scope, conf: Mapping[str, Any], binding: Binding
     return Owner(thread_namespace(str(thread)), binding.pins)
 
 
-def call_marks(owner: Owner | None, conf: Mapping[str, Any], metadata: Mapping[str, Any]) -> Tags:
+def call_marks(owner: Owner | None, config: Any) -> Tags:
     """The ids of the tags by which what is stored for ``owner`` is found, besides the owner's."""
-    run_id = conf.get("run_id") or metadata.get("run_id")
-    return () if owner is None or run_id is None else (made_in(str(run_id)),)
+    run_id = None if owner is None else run_id_of(config)
+    return () if run_id is None else (made_in(run_id),)
 
 
 def call_tags(policy: CachePolicy, state: Any) -> tuple[str, ...]:

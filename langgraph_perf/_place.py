@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from langgraph_perf import codec, keys
 from langgraph_perf._backend import Backend
-from langgraph_perf._owner import Owner
+from langgraph_perf._gathering import Gathering
+from langgraph_perf._owner import RUN_SECONDS, Owner
 from langgraph_perf._sealing import Seal
+from langgraph_perf._watch import resumes
 from langgraph_perf.caches.base import Lookup
 
 NAMESPACE = "langgraph_perf.items"
 
 
 class Place(NamedTuple):
-    """Where items are kept, for whom, and under which seal."""
+    """Where items are kept, for whom, and under which seal.
+
+    Attributes:
+        around: the computations that the node is part of, outermost first.
+        conf: the node's ``configurable``.
+    """
 
     backend: Backend | None = None
     owner: Owner | None = None
     marks: tuple[str, ...] = ()
     seal: Seal | None = None
+    around: tuple[Gathering, ...] = ()
+    conf: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def expires(self) -> float | None:
+        """After how many seconds items go in any case."""
+        # a run that was killed removes nothing
+        return RUN_SECONDS if self.owner is not None and self.owner.of_a_run else None
+
+    @property
+    def taint(self) -> str | None:
+        """Why nothing may be stored now."""
+        # a human's answer is in this task: who knows where it goes
+        return "resumed" if resumes(self.conf, False) else None
 
     def lookup(
         self, namespace: str, key: Any, tags: tuple[str, ...], max_age: float | None
@@ -29,12 +52,11 @@ class Place(NamedTuple):
         Raises:
             keys.Unkeyable: it cannot be.
         """
-        parts: list[tuple[str, Any]] = [("key", key)]
+        parts: list[tuple[str, Any]] = [("items", namespace), ("key", key)]
         where: tuple[str, ...] = (NAMESPACE, namespace)
         if self.seal is not None:
             parts.append(("sealed", True))
         if self.owner is not None:
-            parts.append(("items", namespace))
             where = self.owner.namespace
         return Lookup((where, keys.digest(*parts)), tags, max_age)
 

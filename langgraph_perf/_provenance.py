@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +99,8 @@ class Ledger:
     def of(self, config: Any, metadata: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """What to tell in the checkpoint that is written with ``config`` and ``metadata``, and
         which tasks that is about."""
-        if not self._steps:
-            return {}, []
+        if not self._steps or metadata.get("source") != "loop":
+            return {}, []  # a step's own checkpoint tells of it, not a copy or an edit of the last
         conf = config.get("configurable") or {}
         where = (str(conf.get("thread_id")), str(conf.get("checkpoint_ns", "")))
         before, run, step = conf.get("checkpoint_id"), _run(conf), metadata.get("step")
@@ -121,6 +121,13 @@ class Ledger:
                     {"step": served.step, "key": served.key, "age_seconds": round(served.age, 3)}
                 )
         return nodes, list(here)
+
+    def forget(self, threads: Sequence[str]) -> None:
+        """Forget what is of these threads."""
+        gone = {str(thread) for thread in threads}
+        with self._lock:
+            for where in [where for where in self._steps if where[0] in gone]:
+                del self._steps[where]
 
     def told(self, config: Any, tasks: list[str]) -> None:
         """Forget ``tasks``: the checkpoint is written."""

@@ -42,6 +42,7 @@ class Call:
         scope: who may be served the result.
         owner: who owns it, if not everybody.
         marks: ids of tags that the result depends on and a lookup does not ask for.
+        around: the computations that the call is part of, outermost first.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Call:
     scope: Scope = "global"
     owner: Owner | None = None
     marks: tuple[str, ...] = ()
+    around: tuple[Gathering, ...] = ()
 
     @property
     def lookup(self) -> Lookup:

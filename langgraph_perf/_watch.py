@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,11 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import var_child_runnable_config
 
 # private names of LangGraph, with a test in tests/test_langgraph_internals.py
-from langgraph._internal._constants import CONFIG_KEY_SCRATCHPAD
+from langgraph._internal._constants import (
+    CONFIG_KEY_RESUME_MAP,
+    CONFIG_KEY_RESUMING,
+    CONFIG_KEY_SCRATCHPAD,
+)
 
 
 class Watch:
@@ -65,3 +69,15 @@ def current_config(config: RunnableConfig | None) -> Iterator[None]:
         # a stream that the garbage collector closes ends in another context
         with suppress(ValueError):
             var_child_runnable_config.reset(token)
+
+
+def resumes(conf: Mapping[str, Any], has_subgraph: bool) -> bool:
+    """Whether this task may be handed a human's answer."""
+    scratchpad = conf.get(CONFIG_KEY_SCRATCHPAD)
+    if scratchpad is None:
+        return False
+    if scratchpad.resume or scratchpad.get_null_resume(False) is not None:
+        return True
+    # answers given by interrupt id may be for a graph inside the node, which LangGraph sees or not
+    resuming = bool(conf.get(CONFIG_KEY_RESUMING))
+    return resuming and (has_subgraph or bool(conf.get(CONFIG_KEY_RESUME_MAP)))

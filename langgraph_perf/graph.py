@@ -23,7 +23,7 @@ from langgraph.typing import ContextT, InputT, OutputT, StateT
 from typing_extensions import Self
 
 from langgraph_perf._binding import BINDING, Binding, ambient, make_binding
-from langgraph_perf._gathering import taint
+from langgraph_perf._gathering import part_of, taint
 from langgraph_perf._identity import NodeSpec
 from langgraph_perf.codec import Allowlist, types_in
 from langgraph_perf.errors import ConfigurationError
@@ -206,6 +206,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
             spec.native_async = _runnable_has_native_async(node.bound)
             spec.retry = node.retry_policy or graph.retry_policy or ()
             if policy is not None:
+                graph._perf.declare(policy)
                 self._check_policy(name, policy)
                 if policy.stale_while_revalidate and spec.has_subgraph:
                     spec.warn(
@@ -374,10 +375,12 @@ class CompiledGraph(
             return config, None
         lent = merged.get(CONFIG_KEY_CHECKPOINTER)
         if lent is not None and self.checkpointer is True:
-            taint("remembers")  # LangGraph may not have found it inside the node
+            taint(part_of(merged), "remembers")  # LangGraph may not have found it inside the node
         overridden = any(inner.overridden for inner in perf.family)
         if overridden or (parent is not None and parent.overridden):
-            taint("overridden")  # and so is what a graph around this one makes of it
+            taint(
+                part_of(merged), "overridden"
+            )  # and so is what a graph around this one makes of it
         binding = make_binding(
             perf.backend,
             perf.items,
@@ -387,7 +390,8 @@ class CompiledGraph(
             merged,
             blocking=blocking,
             overridden=overridden,
-            serde=getattr(lent or self.checkpointer, "serde", None),
+            saver=lent or self.checkpointer,
+            seen=perf.seen,
         )
         if parent is None and binding.control.nodes:
             perf.check_control(binding.control)

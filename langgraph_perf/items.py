@@ -6,7 +6,7 @@ import inspect
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +18,14 @@ from langgraph_perf import codec, keys
 from langgraph_perf._binding import BINDING, Binding
 from langgraph_perf._drive import NOBODY, adrive, cancellations, drive
 from langgraph_perf._flight import Flight, held_flights
-from langgraph_perf._gathering import depends
+from langgraph_perf._gathering import (
+    Gathering,
+    depends,
+    gathering_in,
+    gatherings,
+    narrowed,
+    part_of,
+)
 from langgraph_perf._identity import call_marks, call_owner
 from langgraph_perf._place import NOWHERE, Place
 from langgraph_perf._sealing import Seal
@@ -63,9 +70,12 @@ def get_cache(namespace: str, config: RunnableConfig | None = None) -> ItemCache
     place = Place(
         binding.backend,
         owner,
-        call_marks(owner, conf, metadata),
+        call_marks(owner, config),
         Seal.of(binding.serde, binding.backend.cache),
+        part_of(conf),
+        conf,
     )
+    narrowed(place.around, control.scope or "global")
     return ItemCache(namespace, place, control, binding.items.of(namespace), config)
 
 
@@ -128,7 +138,7 @@ class ItemCache:
             with self._watched(watch):
                 started = time.perf_counter()
                 value = _not_awaitable(compute())
-            return Ran(value, time.perf_counter() - started, watch.taint)
+            return Ran(value, time.perf_counter() - started, watch.taint or self._place.taint)
 
         return drive(call, body, NOBODY)  # type: ignore[no-any-return]
 
@@ -152,7 +162,7 @@ class ItemCache:
             with self._watched(watch):
                 started = time.perf_counter()
                 value = await compute()
-            return Ran(value, time.perf_counter() - started, watch.taint)
+            return Ran(value, time.perf_counter() - started, watch.taint or self._place.taint)
 
         return await adrive(call, body, NOBODY)  # type: ignore[no-any-return]
 
@@ -179,7 +189,7 @@ class ItemCache:
             tokens = self._backend.tokens(batch.marks) if self._backend and batch.marks else ()
             started = time.perf_counter()
             missing = batch.missing_keys()
-            with self._watched(batch.watch):
+            with self._watched(batch.watch), batch.gathering():
                 values = compute_many(missing)
             for lookup, entry in batch.computed(values, tokens, time.perf_counter() - started):
                 assert self._backend is not None
@@ -204,7 +214,7 @@ class ItemCache:
             started = time.perf_counter()
             missing = batch.missing_keys()
             cancelled = cancellations()
-            with self._watched(batch.watch):
+            with self._watched(batch.watch), batch.gathering():
                 values = await compute_many(missing)
             batch.watch.asked |= cancellations() > cancelled  # they may be incomplete
             for lookup, entry in batch.computed(values, tokens, time.perf_counter() - started):
@@ -213,6 +223,12 @@ class ItemCache:
         return batch.values
 
     # -- inside -----------------------------------------------------------------------------------
+
+    @property
+    def _around(self) -> tuple[Gathering, ...]:
+        # a thread that the node starts by itself has no context of its caller's
+        here = gatherings.get()
+        return (*self._place.around, *[known for known in here if known not in self._place.around])
 
     def _watched(self, watch: Watch) -> AbstractContextManager[None]:
         return current_config(watch.over(self._config) if self._config else None)
@@ -231,7 +247,7 @@ class ItemCache:
             tags=lookup.tags,
             mode=self._control.mode,
             max_age=lookup.max_age,
-            ttl=lookup.max_age,
+            ttl=shortest(lookup.max_age, self._place.expires),
             jitter=0.0,
             load=partial(self._place.load, lookup.key[1]),
             dump=partial(self._place.dump, lookup.key[1]),
@@ -243,6 +259,7 @@ class ItemCache:
             scope=self._control.scope or "global",
             owner=self._place.owner,
             marks=self._place.marks,
+            around=self._around,
         )
 
     def _tags(self, tags: Sequence[str]) -> tuple[str, ...]:
@@ -311,6 +328,8 @@ class _Batch:
         self.tags = cache._tags(tags)
         self.marks = (*self.tags, *cache._place.marks)
         self.watch = Watch()
+        backend = cache._backend
+        self.inside = None if backend is None else Gathering(backend, self._scope)
         self.values: list[Any] = [None] * len(self._keys)
         places: dict[Any, list[int]] = {}
         wheres: dict[Any, Lookup | None] = {}
@@ -342,7 +361,7 @@ class _Batch:
                 continue
             self._cache._counters.hit(entry.seconds, entry.tokens)
             assert self._cache._backend is not None
-            depends(self._cache._backend, entry.deps, self._scope)
+            depends(self._cache._around, self._cache._backend, entry.deps, self._scope)
             self._put(miss.position, value)
         self.missed = missed
 
@@ -368,15 +387,18 @@ class _Batch:
         deps = tuple(zip(self.marks, tokens or (), strict=False))
         place = self._cache._place
         if place.backend is not None:
-            if place.owner is not None:
-                deps = place.owner.pinned(place.backend, deps)
-            depends(place.backend, deps, self._scope)
+            assert self.inside is not None
+            if place.owner is not None and tokens is not None:
+                pinned = place.owner.pinned(place.backend, deps)
+                deps, tokens = (deps, None) if pinned is None else (pinned, tokens)
+            deps = tuple({**self.inside.deps, **dict(deps)}.items())
+            depends(self._cache._around, place.backend, deps, self._scope)
         for miss, value in zip(self.missed, values, strict=True):
             self._cache._counters.ran(share, 0)
             self._put(miss.position, value)
             if miss.lookup is None:
                 continue
-            reason = self.watch.taint or ("tags_unavailable" if tokens is None else None)
+            reason = self._taint or ("tags_unavailable" if tokens is None else None)
             if reason is not None:
                 self._cache._counters.refused(reason)
                 continue
@@ -388,9 +410,23 @@ class _Batch:
                 continue
             assert place.backend is not None
             now = place.backend.cache.clock()
-            expires = None if self._ttl is None else now + self._ttl
+            ttl = shortest(self._ttl, place.expires)
+            expires = None if ttl is None else now + ttl
             entries.append((miss.lookup, Entry(payload, now, expires, deps, share)))
         return entries
+
+    def gathering(self) -> AbstractContextManager[None]:
+        """Around what computes: what it uses, its values depend on."""
+        if self.inside is None:
+            return nullcontext()
+        return gathering_in((*self._cache._around, self.inside))
+
+    @property
+    def _taint(self) -> str | None:
+        inside = self.inside
+        if inside is not None and (inside.tainted or inside.elsewhere):
+            return inside.tainted or "tags_elsewhere"
+        return self.watch.taint or self._cache._place.taint
 
     @property
     def _scope(self) -> Scope:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, MutableSet, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from langgraph_perf._binding import CONTROL
 from langgraph_perf._identity import NodeSpec
 from langgraph_perf._lives import Lives
 from langgraph_perf._refresh import Refreshes
-from langgraph_perf.caches.base import Cache
+from langgraph_perf.caches.base import Cache, namespace_tag
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.policy import CacheControl, CachePolicy, Scope
 from langgraph_perf.stats import ItemCounters, NodeStats, Stats
@@ -44,7 +45,10 @@ class Perf:
         self.specs: dict[str, NodeSpec] = {}
         self.items = ItemCounters()
         self.refreshes = Refreshes()
-        self.lives = Lives(self._backends, lambda run: self.may_store("thread", run.control))
+        self.seen: MutableSet[Backend] = weakref.WeakSet()
+        self.lives = Lives(
+            self._backends, lambda run: self.may_store("thread", run.control), self._thread_tags
+        )
         self.backend: Backend | None = None
         if cache is not None:
             if not isinstance(cache, Cache):
@@ -143,15 +147,28 @@ class Perf:
         )
 
     def _backends(self) -> list[Backend]:
-        return [perf.backend for perf in self.family if perf.backend is not None]
+        # those of graphs that LangGraph does not find inside nodes are known once they have run
+        family = [perf.backend for perf in self.family if perf.backend is not None]
+        return list(dict.fromkeys([*family, *self.seen]))
+
+    def _thread_tags(self) -> list[str]:
+        return [
+            namespace_tag(spec.namespace)
+            for perf in self.family
+            for spec in perf.specs.values()
+            if spec.policy is not None and spec.policy.scope == "thread"
+        ]
 
     def may_store(self, scope: Scope, control: CacheControl) -> bool:
         """Whether a run with this ``control`` may store results of this scope."""
-        return any(asked.scope == scope for asked in (control, *control.nodes.values())) or any(
-            spec.policy is not None and spec.policy.scope == scope
-            for perf in self.family
-            for spec in perf.specs.values()
+        # a graph may be hidden in a node: it counts if any in this process has the scope
+        return scope in _declared or any(
+            asked.scope == scope for asked in (control, *control.nodes.values())
         )
+
+    def declare(self, policy: CachePolicy) -> None:
+        """Note that there is a node with this policy."""
+        _declared.add(policy.scope)
 
     def close(self) -> None:
         """End what runs in the background, and close the graph's resources: what is idle now, what
@@ -172,7 +189,13 @@ class Perf:
 
     def _graphs(self) -> Iterator[tuple[str, CompiledGraph[Any, Any, Any, Any]]]:
         yield "", self._graph
-        for path, graph in self._graph.get_subgraphs(recurse=True):
+        found: dict[str, Any] = dict(self._graph.get_subgraphs(recurse=True))
+        for path, graph in [("", self._graph), *found.items()]:
+            for name, node in graph.nodes.items():
+                # LangGraph leaves out those that were compiled with checkpointer=False
+                if isinstance(node.bound, type(self._graph)):
+                    found.setdefault(f"{path}|{name}".strip("|"), node.bound)
+        for path, graph in found.items():
             if isinstance(graph, type(self._graph)):
                 yield f"{path}|", graph
 
@@ -244,6 +267,10 @@ class Perf:
         return [self.specs[name].namespace for name in names if name in self.specs]
 
 
+_declared: set[Scope] = set()
+"""The scopes of all nodes of all graphs that were compiled in this process."""
+
+
 def _needs_tags(policy: CachePolicy | None) -> str | None:
     if policy is not None and policy.tags:
         return "tags"
@@ -251,7 +278,7 @@ def _needs_tags(policy: CachePolicy | None) -> str | None:
 
 
 def _thread(given: object) -> str:
-    if given is None or given == "" or isinstance(given, (Mapping, list, tuple, set)):
+    if given is None or isinstance(given, (Mapping, list, tuple, set)):
         raise ConfigurationError(
             f"forget_thread(thread_id): got {given!r}; accepted: what runs pass as "
             "configurable={'thread_id': ...}"

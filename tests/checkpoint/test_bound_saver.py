@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -253,3 +254,36 @@ def test_a_pooled_checkpointer_tells_the_cache(tmp_path: Path) -> None:
     assert len(ran) == 2
     assert graph.get_state({"configurable": {"thread_id": "t"}}).metadata["step"] > 0
     pooled.close()
+
+
+def test_what_only_the_object_can_do_is_handed_on() -> None:
+    """A method that the saver was given as an object works, and tells the cache."""
+    bare: Any = InMemorySaver()
+    pruned: list[Any] = []
+    bare.prune = lambda thread_ids, strategy="keep_latest": pruned.append((thread_ids, strategy))
+    node, ran = counted()
+    graph = build(node, MemoryCache(), saver=bare)
+    run(graph, "t")
+    graph.checkpointer.prune(["t"], strategy="delete")
+    run(graph, "t")
+    assert (pruned, len(ran)) == ([(["t"], "delete")], 2)
+
+
+def test_graphs_compiled_again_and_again_are_not_kept() -> None:
+    """A checkpointer handed from graph to graph knows those that still are."""
+    saver: Any = Saver()
+    for _ in range(20):
+        saver = build(counted()[0], MemoryCache(), saver=saver).checkpointer
+    gc.collect()
+    assert len(saver._told) <= 2
+
+
+def test_it_can_be_copied_deeply() -> None:
+    """As its saver can."""
+    saver: Any = wrapped(Saver())
+    clone = copy.deepcopy(saver)
+    assert type(clone) is type(saver)
+    assert clone.storage is not saver.storage
+    saver.note = "n"
+    del saver.note
+    assert not hasattr(saver, "note")

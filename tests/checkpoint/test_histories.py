@@ -131,7 +131,7 @@ def test_a_key_that_leaves_out_what_the_node_reads_is_noticed() -> None:
 def test_a_stored_answer_of_a_human_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were results that depend on a human's answer stored, somebody else would not be asked."""
     # each of the two alone is enough to keep them out
-    monkeypatch.setattr(_attempt, "_resumes", lambda *args: False)
+    monkeypatch.setattr(_attempt, "resumes", lambda *args: False)
     monkeypatch.setattr(Watch, "taint", None)
     assert "without a cache" in noticed("ours", MemoryCache)
 

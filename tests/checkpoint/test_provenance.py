@@ -213,3 +213,35 @@ def test_steps_that_never_end_are_not_remembered_for_ever() -> None:
         config: Any = {"configurable": {"thread_id": number, "checkpoint_ns": "n:1"}}
         Ledger.add(ledger, config, _Served("n", "k", 0.0, "c", None))
     assert len(ledger._steps) == 4096
+
+
+@pytest.mark.parametrize("how", ["fork", "update"])
+def test_what_is_not_the_steps_own_checkpoint_tells_nothing(how: str) -> None:
+    """A sibling failed, so the step has no checkpoint; a fork or an edit of the last is not it."""
+    builder = StateGraph(State)
+    builder.add_node("cached", lambda s: {"found": ["c"]}, cache_policy=CachePolicy(key=["query"]))
+    failing = [False]
+
+    def sibling(state: State) -> State:
+        if failing[0]:
+            raise ValueError("no")
+        return {"found": ["s"]}
+
+    builder.add_node("sibling", sibling)
+    builder.add_edge(START, "cached").add_edge(START, "sibling")
+    graph: Any = builder.compile(checkpointer=InMemorySaver(), cache=MemoryCache())
+    graph.invoke({"query": "q"}, {"configurable": {"thread_id": "a"}})
+    failing[0] = True
+    config: Any = {"configurable": {"thread_id": "b"}}
+    with pytest.raises(ValueError, match="no"):
+        graph.invoke({"query": "q"}, config)
+    failing[0] = False
+    latest = graph.get_state(config).config
+    if how == "update":
+        graph.update_state(config, {"found": ["u"]}, as_node="sibling")
+    else:
+        latest["configurable"]["cache_control"] = {"mode": "bypass"}
+        graph.invoke(None, latest)
+    assert told(graph, "b") == [None] * len(told(graph, "b"))
+    graph.checkpointer.delete_thread("b")
+    assert not graph.checkpointer.provenance._steps

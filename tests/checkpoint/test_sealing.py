@@ -17,13 +17,16 @@ from langgraph_perf import (
     CachePolicy,
     DiskCache,
     MemoryCache,
+    Pool,
     RedisCache,
     StateGraph,
     TieredCache,
     get_cache,
 )
+from langgraph_perf._place import Place
 from langgraph_perf._sealing import Seal
 from langgraph_perf.caches.base import Cache
+from langgraph_perf.checkpoint import PooledCheckpointer
 from langgraph_perf.codec import DecodeError
 
 from ..redis_server import Server, new_prefix
@@ -185,3 +188,23 @@ def test_graphs_inside_seal_with_the_same_serde(tmp_path: Path) -> None:
         stored = b"".join(path.read_bytes() for path in (tmp_path / "cache").iterdir())
         assert b"S3CRET-ANSWER" not in stored
         assert cache.stats().entries == 1
+
+
+def test_the_first_run_on_pooled_savers_is_sealed(tmp_path: Path) -> None:
+    """What encrypts is known only once a saver was leased: by then the run reads its thread."""
+    with DiskCache(tmp_path / "cache") as cache:
+        pooled = PooledCheckpointer(Pool(encrypted))
+        graph, _ = build(cache, pooled)
+        ask(graph)
+        pooled.close()
+        stored = b"".join(path.read_bytes() for path in (tmp_path / "cache").iterdir())
+        assert cache.stats().entries == 3
+        for secret in SECRETS:
+            assert secret.encode() not in stored
+
+
+def test_items_of_one_kind_are_not_another_kinds() -> None:
+    """A sealed item that is moved to another namespace is not found under its key there."""
+    place = Place(seal=Seal(EncryptedSerializer.from_pycryptodome_aes(key=KEY)))
+    names = {place.lookup(kind, "bob", (), None).key[1] for kind in ("salaries", "nicknames")}
+    assert len(names) == 2

@@ -6,13 +6,16 @@ import asyncio
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.graph import START
+from langgraph.types import Command, interrupt
 from typing_extensions import TypedDict
 
 from langgraph_perf import CachePolicy, DiskCache, MemoryCache, StateGraph, get_cache
@@ -20,6 +23,7 @@ from langgraph_perf._backend import Backend, owner_tag
 from langgraph_perf._owner import thread_namespace
 from langgraph_perf.caches.base import Cache, Lookup
 from langgraph_perf.errors import ConfigurationError
+from langgraph_perf.testing import Clock
 
 
 class State(TypedDict, total=False):
@@ -408,6 +412,245 @@ def test_what_is_made_of_a_threads_result_is_not_everybodys(cache: Cache) -> Non
     assert graph.perf.stats().nodes["answer"].refusals["narrower_inside"] == 2
 
 
+@pytest.mark.parametrize("why", ["unkeyable", "bypassed"])
+def test_a_threads_result_that_was_not_stored_is_not_everybodys(cache: Cache, why: str) -> None:
+    """However the inner node came by its result: the outer one's is not stored."""
+    ran: list[str] = []
+    key = (lambda state: object()) if why == "unkeyable" else ["query"]
+    inner = build(
+        lambda state: {"answer": ran.append("inner") or "a"},
+        None,
+        CachePolicy(scope="thread", version="1", key=key),
+        saver=False,
+    )
+
+    def around(state: State) -> Any:
+        return inner.invoke(state)
+
+    graph = build(around, cache, CachePolicy(version="1", key=["query"]))
+    control: Any = {"nodes": {"answer": {"mode": "use"}}}
+    if why == "bypassed":
+        inner = inner.with_config(configurable={"cache_control": {"mode": "bypass"}})
+    run(graph, "alice", cache_control=control)
+    run(graph, "bob", cache_control=control)
+    assert len(ran) == 2
+    assert graph.perf.stats().nodes["answer"].refusals["narrower_inside"] == 2
+
+
+@pytest.mark.parametrize("what", ["graph", "items"])
+def test_threads_of_a_node_are_part_of_it(cache: Cache, what: str) -> None:
+    """What a node computes in a thread of its own making belongs to the node too."""
+    calls: list[str] = []
+    inner = build(
+        lambda state: {"answer": state["query"]},
+        None,
+        CachePolicy(scope="thread", version="2", key=["query"]),
+        saver=False,
+    )
+
+    def around(state: State, config: RunnableConfig) -> Any:
+        calls.append("outer")
+        with ThreadPoolExecutor() as executor:
+            if what == "graph":
+                return executor.submit(inner.invoke, state, config).result()
+            items = get_cache("items", config)
+            future = executor.submit(items.get_or_set, "k", lambda: "v", tags=["doc"])
+            return {"answer": future.result()}
+
+    graph = build(around, cache, CachePolicy(version="1", key=["query"]))
+    run(graph, "alice")
+    if what == "items":
+        run(graph, "alice")
+        assert len(calls) == 1
+        cache.invalidate("doc")
+    run(graph, "bob")
+    assert len(calls) == 2
+
+
+def test_many_items_depend_on_what_they_are_made_of(cache: Cache) -> None:
+    """``compute_many`` passes dependencies on to its values, as ``compute`` does."""
+    made: list[str] = []
+    inner = build(lambda state: {"answer": state["query"]}, None, saver=False)
+
+    def many(keys: list[str]) -> list[str]:
+        made.extend(keys)
+        if keys == ["of a thread"]:
+            inner.invoke({"query": "q"})
+        else:
+            get_cache("documents").get_or_set("d", lambda: "text", tags=["doc"])
+        return keys
+
+    def node(state: State) -> State:
+        return {"answer": get_cache("items").get_or_set_many([state["query"]], many)[0]}
+
+    graph = build(node, cache, CachePolicy(version="2", when=lambda result: False))
+    for _ in range(2):
+        run(graph, "t", "of a document")
+    assert made == ["of a document"]
+    cache.invalidate("doc")
+    run(graph, "t", "of a document")
+    assert made == ["of a document"] * 2
+    for thread in ("alice", "bob"):
+        run(graph, thread, "of a thread")
+    assert made[2:] == ["of a thread"] * 2
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_items_made_after_a_humans_answer(cache: Cache, many: bool) -> None:
+    """A task that was resumed stores no items: what the human said may be in them."""
+
+    def node(state: State) -> State:
+        said = interrupt("?")
+        items = get_cache("items")
+        if many:
+            return {"answer": items.get_or_set_many(["k"], lambda keys: [said])[0]}
+        return {"answer": items.get_or_set("k", lambda: said)}
+
+    graph = build(node, cache)
+    answers = []
+    for thread, said in (("alice", "yes"), ("bob", "no")):
+        run(graph, thread)
+        config = {"configurable": {"thread_id": thread}}
+        answers.append(graph.invoke(Command(resume=said), config)["answer"])
+    assert answers == ["yes", "no"]
+
+
+def test_graphs_that_langgraph_does_not_show(cache: Cache) -> None:
+    """One compiled with ``checkpointer=False``, and one hidden in a node, each with a cache of its
+    own: what threads own there goes too, and the first is counted."""
+    node, ran = counted()
+    own, hidden_own = MemoryCache(), MemoryCache()
+    hidden = {"graph": build(node, hidden_own, saver=False)}
+    builder = StateGraph(State)
+    builder.add_node("shown", build(node, own, saver=False))
+    builder.add_node("hides", lambda state: hidden["graph"].invoke(state))
+    builder.add_edge(START, "shown").add_edge("shown", "hides")
+    graph: Any = builder.compile(checkpointer=Saver(), cache=cache)
+    run(graph, "t")
+    assert (left(own, "t"), left(hidden_own, "t")) == (1, 1)
+    assert graph.perf.stats().nodes["shown|answer"].runs == 1
+    graph.checkpointer.delete_thread("t")
+    assert (left(own, "t"), left(hidden_own, "t")) == (0, 0)
+    run(graph, "t")
+    assert len(ran) == 4
+
+
+def test_a_hidden_graph_does_not_outlive_its_thread(cache: Cache) -> None:
+    """The thread is deleted before a graph that LangGraph does not see has run."""
+    node, ran = counted()
+    hidden = {"graph": build(node, None, saver=False)}
+
+    def deletes(state: State) -> None:
+        graph.checkpointer.delete_thread("t")
+
+    builder = StateGraph(State)
+    builder.add_node("deletes", deletes)
+    builder.add_node("hides", lambda state: hidden["graph"].invoke(state))
+    builder.add_edge(START, "deletes").add_edge("deletes", "hides")
+    graph: Any = builder.compile(checkpointer=Saver(), cache=cache)
+    run(graph, "t")
+    run(graph, "t")
+    assert len(ran) == 2
+
+
+def test_a_thread_without_a_checkpointer_is_forgotten_by_its_runs(cache: Cache) -> None:
+    """``forget_thread`` reaches runs of graphs that keep no state."""
+    node, ran = counted()
+    builder = StateGraph(State)
+    builder.add_node("forgets", lambda state: graph.perf.forget_thread("t"))
+    builder.add_node("after", node, cache_policy=POLICY)
+    builder.add_edge(START, "forgets").add_edge("forgets", "after")
+    graph: Any = builder.compile(cache=cache)
+    for _ in range(2):
+        run(graph, "t")
+    assert len(ran) == 2
+
+
+def test_a_run_that_could_not_learn_of_its_thread_stores_nothing(cache: Cache) -> None:
+    """The token cannot be had when the run starts: later on it would be that of a new thread."""
+    node, ran = counted()
+    graph = build(node, cache)
+    failing, tokens = [True], type(cache).tag_tokens
+
+    def tag_tokens(tags: Any) -> Any:
+        if failing and failing.pop():
+            raise ConnectionError("away")
+        return tokens(cache, tags)
+
+    cache.tag_tokens = tag_tokens  # type: ignore[method-assign]
+    run(graph, "t")
+    assert graph.perf.stats().nodes["answer"].refusals["tags_unavailable"] == 1
+    run(graph, "t")
+    run(graph, "t")
+    assert len(ran) == 2
+
+
+def test_a_run_deleted_while_it_runs(cache: Cache) -> None:
+    """What it stores afterwards is not served either."""
+    node, ran = counted()
+    builder = StateGraph(State)
+    builder.add_node("deletes", lambda state: graph.checkpointer.delete_for_runs(["r1"]))
+    builder.add_node("after", node, cache_policy=POLICY)
+    builder.add_edge(START, "deletes").add_edge("deletes", "after")
+    graph: Any = builder.compile(checkpointer=Saver(), cache=cache)
+    run(graph, "t", run_id="r1")
+    run(graph, "t", run_id="r2")
+    run(graph, "t", run_id="r3")
+    assert len(ran) == 2
+
+
+def test_items_of_a_run_expire_though_it_was_killed() -> None:
+    """A run that ends without removing what it owns leaves it for a day at most."""
+    clock = Clock()
+    cache = MemoryCache(clock=clock)
+    entries: list[int] = []
+
+    def node(state: State) -> State:
+        items = get_cache("items")
+        items.get_or_set("k", lambda: "v")
+        items.get_or_set_many(["l"], lambda keys: keys)
+        entries.append(cache.stats().entries)
+        clock.advance(90_000)
+        entries.append(cache.stats().entries)
+        return {"answer": "a"}
+
+    run(build(node, cache), "t", cache_control={"scope": "run"})
+    assert entries == [2, 0]
+
+
+def test_iterators_are_read_once() -> None:
+    """Thread ids that come from an iterator reach the saver and the cache."""
+    node, ran = counted()
+    graph = build(node, MemoryCache())
+    run(graph, "t", run_id="r")
+    graph.checkpointer.prune(iter(["t"]), strategy="delete")
+    run(graph, "t", run_id="r2")
+    graph.checkpointer.delete_for_runs(iter(["r2"]))
+    run(graph, "t")
+    assert len(ran) == 3
+
+
+def test_graphs_with_one_saver_have_their_threads_in_common() -> None:
+    """Deleted through one graph, a thread's results go in the caches of both, whatever one of them
+    raises."""
+
+    class Broken(MemoryCache):
+        def drop_tags(self, tags: Any) -> None:
+            raise ConnectionError("away")
+
+    node, ran = counted()
+    saver = Saver()
+    graphs = [build(node, MemoryCache(), saver=saver) for _ in range(2)]
+    broken = build(lambda state: None, Broken(), saver=saver)
+    for graph in (*graphs, broken):
+        run(graph, "t")
+    with pytest.raises(ConnectionError):
+        graphs[0].checkpointer.delete_thread("t")
+    for graph in graphs:
+        run(graph, "t")
+    assert len(ran) == 4
+
+
 def test_forgetting_fails_loudly(tmp_path: Path) -> None:
     """An order to remove something does not fail open, and every cache is told."""
 
@@ -527,7 +770,7 @@ def test_a_late_result_is_removed_even_if_it_was_written(cache: Cache) -> None:
     assert cache.peek([Lookup((namespace, "k"))]) == [None]
 
 
-@pytest.mark.parametrize("wrong", [None, "", ["t"], {"configurable": {"thread_id": "t"}}])
+@pytest.mark.parametrize("wrong", [None, ["t"], {"configurable": {"thread_id": "t"}}])
 def test_forget_thread_takes_a_thread(wrong: Any) -> None:
     """Anything else is an error that says what it takes."""
     graph = build(counted()[0], MemoryCache())
