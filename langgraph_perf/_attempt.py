@@ -31,7 +31,7 @@ from langgraph.pregel._retry import _should_retry_on
 
 from langgraph_perf import replay
 from langgraph_perf._background import revalidate
-from langgraph_perf._binding import BINDING, Binding
+from langgraph_perf._binding import BINDING, SCOPE, Binding
 from langgraph_perf._call import load as load_entry
 from langgraph_perf._drive import NOBODY, Caller
 from langgraph_perf._flight import held_flights
@@ -53,7 +53,7 @@ from langgraph_perf._thread_body import on_thread
 from langgraph_perf._watch import Watch, current_config, resumes
 from langgraph_perf.caches.base import Entry, namespace_tag
 from langgraph_perf.errors import CacheMiss, ConfigurationError
-from langgraph_perf.policy import CacheControl, narrowest_scope, shortest
+from langgraph_perf.policy import CacheControl, Scope, narrowest_scope, shortest
 
 
 class Node(Protocol):
@@ -84,6 +84,7 @@ class Attempt:
         "input",
         "kwargs",
         "node",
+        "scope",
     )
 
     def __init__(
@@ -95,6 +96,7 @@ class Attempt:
         self.kwargs = kwargs
         self.call: Call | None = None
         self.caller = NOBODY
+        self.scope: Scope = "global"
         self._watch = Watch()
         self._usage: _Usage | None = None
         self._started = 0.0
@@ -114,9 +116,9 @@ class Attempt:
         if spec.policy is None:
             return
         control = CacheControl() if binding is None else binding.control.for_node(spec.name)
-        scope = narrowest_scope(spec.policy.scope, control.scope)
+        self.scope = narrowest_scope(spec.policy.scope, control.scope)
         # whatever becomes of the call: what is made of its result is not everybody's
-        narrowed(part_of(conf), scope)
+        narrowed(part_of(conf), self.scope)
         try:
             if binding is None or binding.backend is None:
                 raise Uncached(
@@ -169,7 +171,7 @@ class Attempt:
             # a human's answer is on its way into this task: it is nobody else's
             raise Uncached("resumed")
         runtime = conf.get(CONFIG_KEY_RUNTIME)
-        scope = narrowest_scope(policy.scope, control.scope)
+        scope = self.scope
         tags: tuple[str, ...] = call_tags(policy, self.input)
         seal = Seal.of(binding.serde, backend.cache)
         digest = call_key(spec, self.input, tags, runtime, binding, seal is not None)
@@ -354,10 +356,14 @@ class Attempt:
             callbacks = callbacks.copy()
             callbacks.add_handler(self._usage, inherit=True)
             config["callbacks"] = callbacks
+        inside: dict[str, Any] = {}
         gathering = gatherings.get()
         if gathering:
-            conf = config.get("configurable") or {}
-            config["configurable"] = {**conf, GATHERINGS: gathering}
+            inside[GATHERINGS] = gathering
+        if self.scope != "global":
+            inside[SCOPE] = self.scope
+        if inside:
+            config["configurable"] = {**(config.get("configurable") or {}), **inside}
         with current_config(config):
             self._started = time.perf_counter()
             yield config

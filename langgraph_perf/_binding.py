@@ -12,6 +12,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Mapping, MutableSet
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.runnables.config import var_child_runnable_config
@@ -20,6 +21,7 @@ from langgraph.cache.base import Namespace
 from langgraph_perf._backend import Backend, owner_tag
 from langgraph_perf._owner import DEAD, Pins, run_namespace
 from langgraph_perf._refresh import Refreshes
+from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.policy import CacheControl
 from langgraph_perf.stats import ItemCounters
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from langgraph_perf.resources import Registry
 
 BINDING = "__pregel_langgraph_perf"
+SCOPE = "__pregel_langgraph_perf_scope"
+"""Where a running body's config says with whom its node's result is shared, if not everybody."""
 CONTROL = "cache_control"
 
 # LangGraph's own, and what a LangGraph server injects for each request. A name that is missing here
@@ -196,6 +200,10 @@ def make_binding(
         ConfigurationError: ``configurable["cache_control"]`` is not valid.
     """
     raw = configurable.get(CONTROL)
+    for name in configurable:
+        misspelt = name.startswith("cach") and name != CONTROL
+        if misspelt and get_close_matches(name, [CONTROL], 1, 0.9):
+            raise ConfigurationError(f"configurable[{name!r}]: did you mean {CONTROL!r}?")
     blocked = asyncio._get_running_loop() if blocking else None
     forked = configurable.get("checkpoint_id") is not None
     pins: Pins = {}

@@ -36,7 +36,7 @@ def bound(saver: Saver, lives: Lives) -> Saver:
     if told is None:
         told = _told_by(inner)
     told.add(lives)
-    made: Saver = _class_for(kind)(inner, told, known.get("provenance") or Ledger())
+    made: Saver = _class_for(kind)(inner, lives, told, known.get("provenance") or Ledger())
     return made
 
 
@@ -59,7 +59,7 @@ def is_bound(saver: object, lives: Lives) -> bool:
     if not issubclass(type(saver), _Bound):
         return False
     kind: Any = type(saver.__dict__["_saver"])
-    return type(saver) is _class_for(kind) and lives in saver.__dict__["_told"]
+    return type(saver) is _class_for(kind) and lives is saver.__dict__["_lives"]
 
 
 class _Bound:
@@ -69,8 +69,10 @@ class _Bound:
         provenance: what was served from the cache and is in no checkpoint yet.
     """
 
-    def __init__(self, saver: Saver, told: weakref.WeakSet[Lives], ledger: Ledger) -> None:
-        self.__dict__.update(_saver=saver, _told=told, provenance=ledger)
+    def __init__(
+        self, saver: Saver, lives: Lives, told: weakref.WeakSet[Lives], ledger: Ledger
+    ) -> None:
+        self.__dict__.update(_saver=saver, _lives=lives, _told=told, provenance=ledger)
         for name in _OPTIONAL:
             base = getattr(BaseCheckpointSaver, name, None)
             if getattr(type(saver), name, None) is not base:
@@ -86,16 +88,23 @@ class _Bound:
             if hasattr(BaseCheckpointSaver, name)
         )
 
+    @property
+    def _listeners(self) -> list[Lives]:
+        """Whom to tell: this graph's caches, and what others with the same saver have open."""
+        own: Lives = self.__dict__["_lives"]
+        others = [lives for lives in self.__dict__["_told"] if lives is not own]
+        return [own, *[lives for lives in others if not lives.closed]]
+
     def _tell(self, what: str, *args: Any) -> None:
         """Whatever one of them raises, all are told."""
         with at_the_end() as failures:
-            for lives in list(self.__dict__["_told"]):
+            for lives in self._listeners:
                 with kept(failures):
                     getattr(lives, what)(*args)
 
     async def _atell(self, what: str, *args: Any) -> None:
         with at_the_end() as failures:
-            for lives in list(self.__dict__["_told"]):
+            for lives in self._listeners:
                 with kept(failures):
                     await getattr(lives, what)(*args)
 
@@ -108,7 +117,8 @@ class _Bound:
         delattr(self.__dict__["_saver"], name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return type(self)(copy.deepcopy(self.__dict__["_saver"], memo), self._told, Ledger())
+        saver = copy.deepcopy(self.__dict__["_saver"], memo)
+        return type(self)(saver, self.__dict__["_lives"], self.__dict__["_told"], Ledger())
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__dict__["_saver"], name, value)
@@ -148,14 +158,12 @@ async def _aput(
 
 
 def _get_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-    for lives in list(self._told):
-        lives.started(config)
+    self._lives.started(config)
     return self._saver.get_tuple(config, *args, **kwargs)
 
 
 async def _aget_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-    for lives in list(self._told):
-        await lives.astarted(config)
+    await self._lives.astarted(config)
     return await self._saver.aget_tuple(config, *args, **kwargs)
 
 
@@ -253,7 +261,7 @@ _TELLING: dict[str, Callable[..., Any]] = {
 _OPTIONAL = {
     "delete_for_runs": "for what the cache has of a thread graph.perf.forget_thread(thread_id)",
     "prune": "delete_thread(thread_id) for each thread",
-    "copy_thread": "graph.update_state(new_config, graph.get_state(config).values)",
+    "copy_thread": "a new thread that begins with graph.get_state(config).values",
 }
 """What not all savers can, and what there is instead."""
 _OPTIONAL |= {f"a{name}": instead for name, instead in _OPTIONAL.items()}

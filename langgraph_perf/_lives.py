@@ -39,6 +39,12 @@ class Lives:
         self._tags = tags
 
     @property
+    def closed(self) -> bool:
+        """Whether all its caches are closed, so that nobody uses them here any more."""
+        backends = list(self._backends())
+        return bool(backends) and all(backend.cache._closed for backend in backends)
+
+    @property
     def _caches(self) -> list[Cache]:
         return [backend.cache for backend in self._backends() if backend.cache.supports_tags]
 

@@ -13,6 +13,7 @@ from langgraph_perf._owner import RUN_SECONDS, Owner
 from langgraph_perf._sealing import Seal
 from langgraph_perf._watch import resumes
 from langgraph_perf.caches.base import Lookup
+from langgraph_perf.policy import Scope
 
 NAMESPACE = "langgraph_perf.items"
 
@@ -21,6 +22,7 @@ class Place(NamedTuple):
     """Where items are kept, for whom, and under which seal.
 
     Attributes:
+        scope: who shares them.
         around: the computations that the node is part of, outermost first.
         conf: the node's ``configurable``.
     """
@@ -29,6 +31,7 @@ class Place(NamedTuple):
     owner: Owner | None = None
     marks: tuple[str, ...] = ()
     seal: Seal | None = None
+    scope: Scope = "global"
     around: tuple[Gathering, ...] = ()
     conf: Mapping[str, Any] = MappingProxyType({})
 

@@ -15,7 +15,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import var_child_runnable_config
 
 from langgraph_perf import codec, keys
-from langgraph_perf._binding import BINDING, Binding
+from langgraph_perf._binding import BINDING, SCOPE, Binding
 from langgraph_perf._drive import NOBODY, adrive, cancellations, drive
 from langgraph_perf._flight import Flight, held_flights
 from langgraph_perf._gathering import (
@@ -33,7 +33,7 @@ from langgraph_perf._steps import Call, Ran
 from langgraph_perf._watch import Watch, current_config
 from langgraph_perf.caches.base import Entry, Lookup, tag_id
 from langgraph_perf.errors import CacheMiss, ConfigurationError
-from langgraph_perf.policy import CacheControl, Scope, seconds, shortest
+from langgraph_perf.policy import CacheControl, Scope, narrowest_scope, seconds, shortest
 from langgraph_perf.stats import NodeCounters
 
 K = TypeVar("K")
@@ -46,7 +46,8 @@ def get_cache(namespace: str, config: RunnableConfig | None = None) -> ItemCache
 
     Entries live in the cache that the graph was compiled with and are shared by all graphs that
     use the same name on it. Outside a run, or without a compiled cache, it just computes. The
-    run's ``cache_control`` for the node applies to its items too.
+    run's ``cache_control`` for the node applies to its items too, and items made in a node whose
+    results belong to a thread or run (``scope=``) belong to it as well.
 
     Args:
         namespace: names the kind of work, such as ``"embeddings"``.
@@ -66,16 +67,19 @@ def get_cache(namespace: str, config: RunnableConfig | None = None) -> ItemCache
         return ItemCache(namespace, NOWHERE, _NO_CONTROL, NodeCounters())
     conf, metadata = config.get("configurable") or {}, config.get("metadata") or {}
     control = binding.control.for_node(metadata.get("langgraph_node", ""))
-    owner = call_owner(f"get_cache({namespace!r})", control.scope or "global", conf, binding)
+    # what a node makes for one thread its items are made for
+    scope = narrowest_scope(conf.get(SCOPE) or "global", control.scope)
+    owner = call_owner(f"get_cache({namespace!r})", scope, conf, binding)
     place = Place(
         binding.backend,
         owner,
         call_marks(owner, config),
         Seal.of(binding.serde, binding.backend.cache),
+        scope,
         part_of(conf),
         conf,
     )
-    narrowed(place.around, control.scope or "global")
+    narrowed(place.around, scope)
     return ItemCache(namespace, place, control, binding.items.of(namespace), config)
 
 
@@ -256,7 +260,7 @@ class ItemCache:
             on_hit=_unseen,
             held=held_flights.get() or self._held,
             suspects=self._leading,
-            scope=self._control.scope or "global",
+            scope=self._place.scope,
             owner=self._place.owner,
             marks=self._place.marks,
             around=self._around,
@@ -430,7 +434,7 @@ class _Batch:
 
     @property
     def _scope(self) -> Scope:
-        return self._cache._control.scope or "global"
+        return self._cache._place.scope
 
     def _put(self, first: int, value: Any) -> None:
         for position in self._positions[first]:

@@ -156,6 +156,8 @@ def test_threads_are_configured_through_json() -> None:
     assert ask("a", {"ttl": 1e-9}) == both
     with pytest.raises(ConfigurationError, match=r"cache_control.*unknown key 'mod'"):
         ask("a", {"mod": "use"})
+    with pytest.raises(ConfigurationError, match=r"configurable\['cache_contol'\]: did you mean"):
+        graph.invoke({}, {"configurable": {"thread_id": "a", "cache_contol": {"mode": "use"}}})
     with pytest.raises(ConfigurationError, match=r"unknown node 'third'"):
         ask("a", {"nodes": {"third": {"mode": "use"}}})
 

@@ -22,7 +22,7 @@ from langgraph_perf import CachePolicy, DiskCache, MemoryCache, StateGraph, get_
 from langgraph_perf._backend import Backend, owner_tag
 from langgraph_perf._owner import thread_namespace
 from langgraph_perf.caches.base import Cache, Lookup
-from langgraph_perf.errors import ConfigurationError
+from langgraph_perf.errors import CacheClosed, ConfigurationError
 from langgraph_perf.testing import Clock
 
 
@@ -361,6 +361,49 @@ def test_a_caller_narrows_a_policy_to_the_thread(cache: Cache) -> None:
     assert ran == ["node", "item"] * 2
     run(graph, "a", **control)
     assert ran == ["node", "item"] * 3
+
+
+@pytest.mark.parametrize("scope", ["thread", "run"])
+def test_items_of_a_threads_node_are_the_threads(cache: Cache, scope: Any) -> None:
+    """What a node makes for one thread or run, its items are made for, in graphs inside as well."""
+    made: list[str] = []
+
+    def deep(state: State) -> State:
+        get_cache("deep").get_or_set("k", lambda: made.append("deep") or "v")
+        return {}
+
+    inner: Any = StateGraph(State).add_node("deep", deep)
+    inner = inner.add_edge(START, "deep").compile()
+
+    def node(state: State) -> State:
+        get_cache("items").get_or_set("k", lambda: made.append("item") or "v")
+        inner.invoke(state)
+        return {"answer": "a"}
+
+    policy = CachePolicy(scope=scope, version="1", key=["query"], when=lambda result: False)
+    graph = build(node, cache, policy)
+    for thread in ("alice", "alice", "bob"):
+        run(graph, thread)
+    assert made == ["item", "deep"] * (2 if scope == "thread" else 3)
+    for thread in ("alice", "bob"):
+        graph.checkpointer.delete_thread(thread)
+    if isinstance(cache, (MemoryCache, DiskCache)):
+        assert cache.stats().entries == 0
+
+
+def test_a_graph_with_a_closed_cache_is_in_nobodys_way(tmp_path: Path) -> None:
+    """It has the saver in common with another graph, whose threads are deleted all the same; its
+    own deletion says that the cache is closed."""
+    saver, node = Saver(), counted()[0]
+    closed, own = DiskCache(tmp_path / "closed"), MemoryCache()
+    one, other = build(node, closed, saver=saver), build(node, own, saver=saver)
+    for graph in (one, other):
+        run(graph, "t")
+    closed.close()
+    other.checkpointer.delete_thread("t")
+    assert own.stats().entries == 0
+    with pytest.raises(CacheClosed):
+        one.checkpointer.delete_thread("t")
 
 
 def test_many_items_of_a_thread_go_with_it(cache: Cache) -> None:
