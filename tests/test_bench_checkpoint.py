@@ -21,6 +21,8 @@ from langgraph_perf import DiskCache, MemoryCache
 
 from .redis_server import Server
 
+pytestmark = pytest.mark.no_cover  # what it covers others do, in less time
+
 TINY = Effort(rounds=1, batch_seconds=0.0, size=0.01)
 HOLD = {"operations more or less": 0}
 """What holds however little is measured, and the most it may be."""

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks are n
 from benchmarks import bench_pools
 from benchmarks._harness import Effort
 
+pytestmark = pytest.mark.no_cover  # what it covers others do, in less time
+
 TINY = Effort(rounds=1, batch_seconds=0.0, size=0.01)
 
 

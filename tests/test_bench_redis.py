@@ -13,14 +13,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks are n
 from benchmarks import bench_redis
 from benchmarks._harness import Effort
 
+pytestmark = pytest.mark.no_cover  # what it covers others do, in less time
+
 TINY = Effort(rounds=1, batch_seconds=0.0, size=0.01)
 HOLD = {"stale reads": 0, "runs": 1}
 """What holds however little is measured, and the most it may be."""
 
 
 @pytest.mark.parametrize("name", bench_redis.ROWS)
-def test_every_row_yields_finite_numbers(name: str) -> None:
+def test_every_row_yields_finite_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row measures both sides; no stale read, and one run of a cold key."""
+    monkeypatch.setattr(bench_redis, "PROCESSES", 3)
     results = list(bench_redis.ROWS[name](TINY))
 
     assert len({(found.row, found.alternative) for found in results}) == len(results) > 0

@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks are n
 from benchmarks import bench_cache
 from benchmarks._harness import Comparison, Effort, Result, compare, output, result, table
 
+pytestmark = pytest.mark.no_cover  # what it covers others do, in less time
+
 TINY = Effort(rounds=2, batch_seconds=0.0, size=0.01)
 
 

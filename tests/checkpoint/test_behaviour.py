@@ -32,6 +32,8 @@ from .histories import Driver, or_error, seen
 from .savers import Make, drivers, place, savers
 from .worker import perform
 
+pytestmark = pytest.mark.no_cover  # what it covers others do, in less time
+
 numbers = itertools.count()
 
 

@@ -34,6 +34,8 @@ from .histories import (
 )
 from .savers import Make, drivers, savers
 
+pytestmark = pytest.mark.no_cover  # what it covers others do, in less time
+
 numbers = itertools.count()
 
 

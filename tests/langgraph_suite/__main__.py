@@ -60,9 +60,10 @@ def fetch() -> Path:
 
 
 def main() -> int:
-    """Run the suite in both ways; returns pytest's first bad exit code."""
+    """Run the suite in both ways, or in the one named; returns pytest's first bad exit code."""
     suite = fetch()
-    for mode in ("plain", "wrapped"):
+    modes = [mode for mode in ("plain", "wrapped") if mode in sys.argv[1:]]
+    for mode in modes or ("plain", "wrapped"):
         print(f"\nLangGraph's suite, {mode}:", flush=True)
         environment = {
             **os.environ,
@@ -76,8 +77,9 @@ def main() -> int:
             command += ["--ignore=tests/example_app", "-W", "default"]
             for test in KNOWN["plain"] + (KNOWN["wrapped"] if mode == "wrapped" else []):
                 command += ["--deselect", test]
-            command += sys.argv[1:]
-            done = subprocess.run([*command, "-n", "2"], cwd=suite, env=environment)
+            command += [argument for argument in sys.argv[1:] if argument not in modes]
+            # most of its tests wait for most of their time
+            done = subprocess.run([*command, "-n", "5"], cwd=suite, env=environment)
             if done.returncode == TESTS_FAILED:
                 # some of its tests count on a machine that has nothing else to do
                 print("\nthose that failed, once more and alone:", flush=True)
