@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-postgres demo-redis test test-langgraph lint types notebooks bench bench-cache bench-pools bench-redis bench-checkpoint clean
+.PHONY: help demo demo-postgres demo-redis test coverage test-langgraph lint types notebooks bench bench-cache bench-pools bench-redis bench-checkpoint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -20,6 +20,9 @@ demo-redis: $(VENV)/.example-redis  ## the same with its results in Redis, for t
 
 test: $(VENV)/.dev  ## all tests, on all cores
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+coverage: $(VENV)/.dev  ## all tests, and which lines and branches they reach; fails below 95 %
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term --cov-fail-under=95 $(ARGS)
 
 test-langgraph: $(VENV)/.suite  ## LangGraph's own test suite with our StateGraph in place of its own
 	$(BIN)/python -m tests.langgraph_suite $(ARGS)

@@ -99,10 +99,10 @@ def test_a_cache_goes_unnoticed(
                 happened.update(check(history, driver, make, own))
 
         unnoticed()
-    wanted = ["hits", "misses", "run", "answer"]
-    if not few:
-        wanted += ["asked", "answered", "failed", "fork", "update", "command", "delete", "clear"]
-    assert all(happened[what] for what in wanted), happened
+    assert all(happened[what] for what in ("hits", "misses", "run", "answer")), happened
+    rare = ("asked", "answered", "failed", "fork", "update", "command", "delete", "clear")
+    # drawn at random: now and then one or two of them are not
+    assert few or sum([happened[what] > 0 for what in rare]) >= len(rare) - 2, happened
 
 
 def noticed(kind: Kind, cache: Make) -> str:
