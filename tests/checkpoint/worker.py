@@ -14,10 +14,12 @@ It prints, as JSON, the result of each act, and then the state and the history.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +68,31 @@ def graph(job: dict[str, Any], saver: Any, cache: Any) -> Any:
 
 
 def dying(saver: Any, node: str) -> None:
-    """Die instead of writing the results of ``node``."""
+    """Die instead of writing the results of ``node``, once those before them are written.
 
-    def kill(config: Any, writes: Any, task_id: str, task_path: str = "") -> Any:
-        if node in task_path and any(name == node for name, _ in writes):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return write(config, writes, task_id, task_path)
+    They are written by threads and tasks of their own, in any order.
+    """
+    before, abefore = threading.Event(), asyncio.Event()
 
-    async def akill(config: Any, writes: Any, task_id: str, task_path: str = "") -> Any:
-        if node in task_path and any(name == node for name, _ in writes):
+    def dies(writes: Any, task_path: str) -> bool:
+        return node in task_path and any(name == node for name, _ in writes)
+
+    def put_writes(config: Any, writes: Any, task_id: str, task_path: str = "") -> Any:
+        if dies(writes, task_path):
+            assert before.wait(60)
             os.kill(os.getpid(), signal.SIGKILL)
-        return await awrite(config, writes, task_id, task_path)
+        write(config, writes, task_id, task_path)
+        before.set()
+
+    async def aput_writes(config: Any, writes: Any, task_id: str, task_path: str = "") -> Any:
+        if dies(writes, task_path):
+            await asyncio.wait_for(abefore.wait(), 60)
+            os.kill(os.getpid(), signal.SIGKILL)
+        await awrite(config, writes, task_id, task_path)
+        abefore.set()
 
     write, awrite = saver.put_writes, saver.aput_writes
-    saver.put_writes, saver.aput_writes = kill, akill
+    saver.put_writes, saver.aput_writes = put_writes, aput_writes
 
 
 def perform(job: dict[str, Any]) -> Any:

@@ -15,11 +15,14 @@ from langgraph_perf.resources import FromContext, Keyed, Pool, Registry, Shared,
 warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads, from Python 3.12 on
 
 class Thing:
+    def __init__(self):
+        self.maker = os.getpid()
+
     def close(self):
         print("closed", os.getpid() == parent, flush=True)
 
-    def __del__(self):
-        if os.getpid() != parent:
+    def __del__(self):  # what a child made itself it may drop
+        if os.getpid() != self.maker:
             print("inherited object dropped", flush=True)
 
 parent = os.getpid()
