@@ -7,19 +7,22 @@
 * ``cache``: the directory of a ``DiskCache``, or nothing for a plain LangGraph graph
 * ``ran``: the file to which each body that runs adds a line with the name of its node
 * ``acts``: what to do to the thread ``thread``: ``"run"``, ``"go_on"`` or ``{"answer": ...}``
-* ``die``: kill this process when the results of this node are about to be written to a checkpoint
+* ``die``: kill this process when the results of the node of this name, which writes the field of
+  the same name, are about to be written
 
 It prints, as JSON, the result of each act, and then the state and the history.
 """
 
 from __future__ import annotations
 
-import asyncio
+import functools
+import inspect
 import json
 import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +44,17 @@ class State(TypedDict, total=False):
     end: str
 
 
-def graph(job: dict[str, Any], saver: Any, cache: Any) -> Any:
+def graph(
+    job: dict[str, Any], saver: Any, cache: Any, written: threading.Event | None = None
+) -> Any:
     def ran(name: str) -> None:
         with Path(job["ran"]).open("a") as file:
             file.write(f"{name}\n")
 
     def work(state: State) -> State:
         ran("work")
+        # of what threads and tasks write at the side, the killed process must not lose more or less
+        assert written is None or written.wait(60)
         return {"work": state["query"].upper()}
 
     def asking(state: State) -> State:
@@ -67,42 +74,49 @@ def graph(job: dict[str, Any], saver: Any, cache: Any) -> Any:
     return builder.compile(checkpointer=saver, cache=cache)
 
 
-def dying(saver: Any, node: str) -> None:
-    """Die instead of writing the results of ``node``, once those before them are written.
+def dying(saver: Any, node: str) -> threading.Event:
+    """Die instead of writing the results of ``node``, on their own or in a checkpoint.
 
-    They are written by threads and tasks of their own, in any order.
+    Gives what is set once results of other nodes have been written.
     """
-    before, abefore = threading.Event(), asyncio.Event()
+    written = threading.Event()
 
-    def dies(writes: Any, task_path: str) -> bool:
-        return node in task_path and any(name == node for name, _ in writes)
+    def wrapped(write: Any) -> Any:
+        @functools.wraps(write)
+        def call(config: Any, what: Any, *args: Any) -> Any:
+            die(what)
+            done = write(config, what, *args)
+            if isinstance(what, Sequence):
+                written.set()
+            return done
 
-    def put_writes(config: Any, writes: Any, task_id: str, task_path: str = "") -> Any:
-        if dies(writes, task_path):
-            assert before.wait(60)
+        @functools.wraps(write)
+        async def acall(config: Any, what: Any, *args: Any) -> Any:
+            die(what)
+            done = await write(config, what, *args)
+            if isinstance(what, Sequence):
+                written.set()
+            return done
+
+        return acall if inspect.iscoroutinefunction(write) else call
+
+    def die(what: Any) -> None:
+        names = what["channel_values"] if isinstance(what, Mapping) else dict(what)
+        if node in names:
             os.kill(os.getpid(), signal.SIGKILL)
-        write(config, writes, task_id, task_path)
-        before.set()
 
-    async def aput_writes(config: Any, writes: Any, task_id: str, task_path: str = "") -> Any:
-        if dies(writes, task_path):
-            await asyncio.wait_for(abefore.wait(), 60)
-            os.kill(os.getpid(), signal.SIGKILL)
-        await awrite(config, writes, task_id, task_path)
-        abefore.set()
-
-    write, awrite = saver.put_writes, saver.aput_writes
-    saver.put_writes, saver.aput_writes = put_writes, aput_writes
+    for name in ("put", "aput", "put_writes", "aput_writes"):
+        setattr(saver, name, wrapped(getattr(saver, name)))
+    return written
 
 
 def perform(job: dict[str, Any]) -> Any:
     """Do ``job`` in this process; gives what is printed of it."""
     with drivers(job["how"]) as driver, opened(job["saver"], driver, job["at"]) as saver:
-        if job.get("die"):
-            dying(saver, job["die"])
+        written = dying(saver, job["die"]) if job.get("die") else None
         cache = DiskCache(job["cache"]) if job.get("cache") else None
         try:
-            return _acts(job, driver, graph(job, saver, cache))
+            return _acts(job, driver, graph(job, saver, cache, written))
         finally:
             if cache is not None:
                 cache.close()
