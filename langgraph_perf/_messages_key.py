@@ -1,15 +1,14 @@
 """The encoder of a node's input, and what it remembers: conversations.
 
 A conversation is keyed again and again, with a few more messages each time. So a list of messages
-is hashed one message after the other, and the states of the hash are remembered with the first
-message, for as long as that lives. When a list begins with the same messages, unchanged, only the
-rest of it is hashed.
+is hashed one message after the other, and the states of the hash are remembered, from its second
+time on, with the first message, for as long as that lives. When a list begins with the same
+messages, unchanged, only the rest of it is hashed.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
 from hashlib import sha256
 from itertools import repeat
 from operator import getitem, is_
@@ -105,12 +104,12 @@ def _token(encoder: NumberingEncoder, said: _Said) -> bytes:
     """What stands for some messages in ``encoder``'s traversal: the digest of what they say, and
     for each of their tool-call ids, the number that it has in the traversal."""
     count = len(said.ids)
-    numbers: Iterable[int] = range(count)
-    if encoder.ids:
-        numbers = map(encoder.number, said.ids)
-    else:
-        encoder.ids.update(said.ids)
-    return b"%b%d:%b" % (said.hash.digest(), count, struct.pack(f">{count}I", *numbers))
+    raw = b""  # nearly always they are the first ones in it
+    if not encoder.ids:
+        encoder.ids = said.ids.copy()
+    elif (numbers := [*map(encoder.number, said.ids)]) != [*range(count)]:
+        raw = struct.pack(f">{count}I", *numbers)
+    return b"%b%d:%d:%b" % (said.hash.digest(), count, len(raw), raw)
 
 
 class _Segment:
@@ -160,8 +159,8 @@ class _Segment:
         """Whether these are the messages, unchanged. There may be thousands: the loops are C's."""
         owns = self.lives
         if len(owns) < len(messages):
-            first, *messages = messages
-            owns = [own_of(first), *owns]
+            owns = [own_of(messages[0]), *owns]
+            messages = messages[1:]
         if not all(map(is_, messages, self.messages)):
             return False
         try:
@@ -169,7 +168,7 @@ class _Segment:
                 not any(self.blanks)
                 and owns == self.owns
                 and (not self.extras or self.extras == self.extras_then)
-                and (not self.names or self._pack(owns) == b"".join(self.raws))
+                and (not self.names or self._pack(owns) == self._packed())
             )
         except Exception:  # a foreign object that does not let itself be compared
             return False
@@ -177,6 +176,11 @@ class _Segment:
     def _pack(self, owns: list[dict[str, Any]]) -> bytes:
         values = [*map(getitem, map(owns.__getitem__, self.places), self.names)]
         return _without_header(ormsgpack.packb(values, None, SNAPSHOT_OPTIONS), len(values))
+
+    def _packed(self) -> bytes:
+        if len(self.raws) > 1:
+            self.raws = [b"".join(self.raws)]  # says the same
+        return self.raws[0]
 
     def add_calls(self, raw: bytes) -> None:
         """Watch the tool calls, here packed, of the message that will be appended next."""
@@ -206,7 +210,8 @@ class _Segment:
 
 
 _conversations = IdentityMap(256)
-"""The segments of the conversation that last began with this message object."""
+"""The segments of the conversation that last began with this message object; none until it begins
+one for the second time: a run that reads its messages from a checkpoint may key them only once."""
 
 
 def _conversation(messages: list[Any], depth: int) -> _Said | None:
@@ -225,9 +230,12 @@ def _conversation(messages: list[Any], depth: int) -> _Said | None:
     if not all(map(_is_message, set(map(type, messages[start:])))):
         return None
     # segments never change, because other threads may be reading them
-    new, said = _absorb(messages, start, _Said(said.hash.copy(), said.ids.copy()), depth)
+    said = _Said(said.hash.copy(), said.ids.copy())
+    new, said = _absorb(messages, start, said, depth, sure=found is not None)
+    if found is None:
+        _conversations.put(messages[0], ())
     # with itself among the messages, the first one would be kept alive by what is remembered of it
-    if new.owns and not any(map(is_, new.messages, repeat(messages[0]))):
+    elif new.owns and not any(map(is_, new.messages, repeat(messages[0]))):
         _conversations.put(messages[0], _merged((*known[:count], new)))
     return said
 
@@ -252,16 +260,16 @@ def _merged(segments: tuple[_Segment, ...]) -> tuple[_Segment, ...]:
 def _alone(message: BaseMessage, depth: int) -> _Said:
     """One message alone: too little to be worth remembering."""
     try:
-        return _absorb([message], 0, _Said(sha256(), {}), depth)[1]
+        return _absorb([message], 0, _Said(sha256(), {}), depth, sure=False)[1]
     except Unkeyable as exc:
         exc.path = exc.path.removeprefix("[0]")
         raise
 
 
 def _absorb(
-    messages: list[BaseMessage], start: int, said: _Said, depth: int
+    messages: list[BaseMessage], start: int, said: _Said, depth: int, sure: bool
 ) -> tuple[_Segment, _Said]:
-    """Add to ``said`` the messages from ``start`` on.
+    """Add to ``said`` the messages from ``start`` on; ``sure``: they are to be remembered.
 
     Returns:
         what may be remembered, which ends before the first message that may change unseen; and
@@ -274,8 +282,8 @@ def _absorb(
     # what shows a change comes before the row is made: so it will show what another thread
     # changes meanwhile
     lives = [*map(own_of, new)]
-    owns = [*map(dict.copy, lives)]
-    segment, sure = _Segment(), True
+    owns = [*map(dict.copy, lives)] if sure else lives
+    segment = _Segment()
     rows: list[Any] = []
     for index, (message, own, extra) in enumerate(zip(new, owns, map(extra_of, new), strict=True)):
         kind = kinds[type(message)]
@@ -285,7 +293,7 @@ def _absorb(
                 held = kind.containers(own)
                 if not any(held):
                     row = _text(kind, own, encoder)
-                elif sure and kind.only_calls(held):
+                elif kind.only_calls(held):
                     raw = snapshot(held[1])
                     row = None if raw is None else _calling(kind, own, held[1], encoder)
             except KeyError:  # made by model_construct

@@ -138,13 +138,14 @@ class Perf:
 
     def bound(self, checkpointer: Any) -> Any:
         """``checkpointer`` as the graph is to use it: one that tells the caches of its threads."""
-        if not isinstance(checkpointer, BaseCheckpointSaver) or not self._backends():
+        if not isinstance(checkpointer, BaseCheckpointSaver):
             return checkpointer
         from langgraph_perf._bound_saver import bound, is_bound
 
-        return (
-            checkpointer if is_bound(checkpointer, self.lives) else bound(checkpointer, self.lives)
-        )
+        # LangGraph asks several times a run: what is true of nearly all runs is looked at first
+        if is_bound(checkpointer, self.lives) or not self._backends():
+            return checkpointer
+        return bound(checkpointer, self.lives)
 
     def _backends(self) -> list[Backend]:
         # those of graphs that LangGraph does not find inside nodes are known once they have run
