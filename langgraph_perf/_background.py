@@ -16,7 +16,7 @@ from langchain_core.tracers import context as tracers_context
 # private names of LangGraph; tests/test_freshness.py fails when what they do changes
 from langgraph._internal._constants import CONFIG_KEY_CHECKPOINTER, CONFIG_KEY_RUNTIME
 
-from langgraph_perf._binding import BINDING
+from langgraph_perf._binding import BINDING, SCOPE
 from langgraph_perf._call import revalidation
 from langgraph_perf._drive import NOBODY, adrive, drive
 from langgraph_perf._flight import held_flights
@@ -47,6 +47,7 @@ def revalidate(attempt: Attempt, call: Call, is_async: bool) -> None:
         return
     on_loop = is_async and spec.native_async
     again = type(attempt)(attempt.node, state, _detached(attempt.config, on_loop), {})
+    again.scope = attempt.scope  # what it makes inside belongs to whom its result belongs
     refresh = replace(
         call,
         mode="refresh",
@@ -116,7 +117,7 @@ def _detached(config: RunnableConfig, on_loop: bool) -> RunnableConfig:
         for name, value in conf.items()
         if not name.startswith("__pregel_") and name not in _POSITION
     }
-    own[BINDING] = conf[BINDING]
+    own.update((name, conf[name]) for name in (BINDING, SCOPE) if name in conf)
     own[CONFIG_KEY_CHECKPOINTER] = None  # of no graph that the node may call
     runtime = conf.get(CONFIG_KEY_RUNTIME)
     if runtime is not None:

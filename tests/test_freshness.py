@@ -34,6 +34,7 @@ from langgraph_perf import (
     Shared,
     StateGraph,
     TieredCache,
+    get_cache,
 )
 from langgraph_perf._backend import Backend
 from langgraph_perf.caches.base import Cache
@@ -593,6 +594,38 @@ def test_windows_are_positive_numbers_of_seconds(name: str, value: Any) -> None:
 
 
 # -- what a review found --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_a_refresh_makes_for_a_thread_goes_with_it(inside: bool, clock: Clock) -> None:
+    """Items made in the background are the thread's, as those made by its runs are."""
+    made: list[int] = []
+
+    def node(state: State) -> State:
+        made.append(len(made))
+        if len(made) == 1:  # or else the inner graph's result would not be everybody's
+            return {"answer": "first"}
+        return {"answer": get_cache("items").get_or_set("k", lambda: "item")}
+
+    policy = replace(STALE, key=["query"], scope="global" if inside else "thread")
+    cache = MemoryCache(clock=clock)
+    saver = None if inside else InMemorySaver()
+    graph = build(node, cache, policy, name="first", checkpointer=saver)
+    if inside:
+        # what the outer node makes is a thread's, whatever the inner graph's nodes say
+        inner, fresh = graph, CachePolicy(scope="thread", version=1)
+        graph = build(lambda state: inner.invoke(ASK), cache, fresh, checkpointer=InMemorySaver())
+    config: RunnableConfig = {"configurable": {"thread_id": "t"}}
+    graph.invoke(ASK, config)
+    clock.advance(11)
+    if inside:
+        graph.clear_cache()
+    graph.invoke(ASK, config)
+    until(lambda: len(made) == 2 and idle(graph))
+    assert graph.perf.stats().items["items"].runs == 1
+    graph.checkpointer.delete_thread("t")
+    assert cache.stats().entries == (1 if inside else 0)
+    cache.close()
 
 
 def test_a_refresh_writes_to_no_thread(clock: Clock) -> None:
