@@ -168,7 +168,7 @@ class RedisSteps(TokenCache):
         (reply,) = yield [(_RENEW, 1, self._name("l", "ping"), "nobody", 1)]
         _good(reply)
 
-    # -- entries ------------------------------------------------------------------------------------
+    # -- entries ----------------------------------------------------------------------------------
 
     def _reading(self, lookups: Sequence[Lookup]) -> Steps[list[Entry | None]]:
         if self._closed or not lookups:
@@ -382,7 +382,7 @@ class RedisSteps(TokenCache):
             if cursor == b"0":
                 return
 
-    # -- tags ---------------------------------------------------------------------------------------
+    # -- tags -------------------------------------------------------------------------------------
 
     def _peeking_tags(self, tags: Collection[str]) -> Steps[dict[str, str]]:
         if self._closed or not tags:
@@ -480,7 +480,7 @@ class RedisSteps(TokenCache):
         up = re.search(rb"uptime_in_seconds:(\d+)", reply) if isinstance(reply, bytes) else None
         return VIEW_SECONDS if up is None or int(up[1]) <= 1 else 0.0
 
-    # -- leases -------------------------------------------------------------------------------------
+    # -- leases -----------------------------------------------------------------------------------
 
     def _acquiring(self, key: FullKey) -> Steps[Lease | None]:
         lease = Lease(key, new_token(), self.clock() + self.lease_seconds)
@@ -547,7 +547,7 @@ class RedisSteps(TokenCache):
     def _lease_ms(self) -> int:
         return math.ceil(self.lease_seconds * 1000)
 
-    # -- names --------------------------------------------------------------------------------------
+    # -- names ------------------------------------------------------------------------------------
 
     def _key_name(self, kind: str, key: FullKey) -> str:
         return self._digest_name(kind, key_digest(key), owned(key[0]))
