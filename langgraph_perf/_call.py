@@ -105,7 +105,8 @@ def _freshest(call: Call) -> Generator[Step, Any, Entry | None]:
         return entry
     if call.state(entry) == "fresh":
         return entry
-    fresh = yield Read(call.lookup._replace(max_age=shortest(call.max_age, freshness.ttl)))
+    limit = shortest(call.max_age, freshness.ttl)
+    fresh = yield Read(call.lookup._replace(max_age=limit, fresh=True))
     return fresh or entry
 
 

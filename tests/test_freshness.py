@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.config import get_stream_writer
 from langgraph.errors import GraphInterrupt
 from langgraph.graph import START
@@ -594,6 +595,30 @@ def test_windows_are_positive_numbers_of_seconds(name: str, value: Any) -> None:
 
 
 # -- what a review found --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize("policy", [STALE, PATIENT])
+def test_a_copy_that_ended_early_hides_no_fresh_result(
+    policy: CachePolicy, encrypted: bool, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With jitter a copy in a first tier is stale within its ttl: the tier below is asked all the
+    same, and of several processes one runs the node again."""
+    node = Node()
+    serde = EncryptedSerializer.from_pycryptodome_aes(key=b"0" * 16) if encrypted else None
+    last = MemoryCache(clock=clock)
+    caches = [TieredCache(MemoryCache(clock=clock, serde=serde), last) for _ in range(4)]
+    graphs = [build(node, cache, replace(policy, jitter=0.9)) for cache in caches]
+    monkeypatch.setattr("random.random", lambda: 1.0)  # the shortest life: one second
+    for graph in graphs:
+        assert graph.invoke(ASK)["answer"] == 1
+    monkeypatch.setattr("random.random", lambda: 0.0)
+    clock.advance(2)
+    for graph in graphs:
+        graph.invoke(ASK)
+        until(lambda graph=graph: idle(graph))  # type: ignore[misc]
+    assert [graph.invoke(ASK)["answer"] for graph in graphs] == [2] * 4
+    assert node.runs == 2
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -210,7 +210,7 @@ class Cache(BaseCache[Any]):
         """Like ``read``, but whatever became of the entries' tags: for a tiered cache, which
         asks another tier about them. Without it a cache serves as an upper tier, but not for
         entries that depend on tags."""
-        return self.read([Lookup(lookup.key, (), lookup.max_age) for lookup in lookups])
+        return self.read([lookup._replace(tags=()) for lookup in lookups])
 
     def peek_tags(self, tags: Collection[str]) -> Mapping[str, str]:
         """The current tokens of these tag ids; those that have none may be left out."""

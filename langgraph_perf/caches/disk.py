@@ -144,7 +144,7 @@ class DiskCache(TokenCache):
         if len(keys) != 1 or self._closed:
             return super().get(keys)
         try:
-            entry = self._one(keys[0], (), None)
+            entry = self._one(Lookup(keys[0]))
         except Exception as exc:
             self._missed("read", exc)
             return {}
@@ -159,19 +159,19 @@ class DiskCache(TokenCache):
         """One answer for each lookup, in order; only servable entries."""
         if len(lookups) != 1 or self._closed:
             return super().read(lookups)
-        return [self._one(*lookups[0])]
+        return [self._one(lookups[0])]
 
-    def _one(self, key: FullKey, tags: tuple[str, ...], max_age: float | None) -> Entry | None:
-        digest = key_digest(key)
+    def _one(self, lookup: Lookup) -> Entry | None:
+        digest = key_digest(lookup.key)
         for head, body in self._db.rows(_SELECT_ONE, (digest,)):
             try:
                 entry = unseal(digest, head, body, self.value_serde)
             except DamagedEntry:
                 self._tally.add(damaged=1)
                 break
-            if entry[2:4] != _UNBOUND or tags or max_age is not None:
+            if entry[2:4] != _UNBOUND or lookup.tags or lookup.max_age is not None:
                 current = self.peek_tags({tag for tag, _ in entry.deps})
-                if not servable(entry, Lookup(key, tags, max_age), current, self.clock()):
+                if not servable(entry, lookup, current, self.clock()):
                     break
             self._tally.hit()
             return entry

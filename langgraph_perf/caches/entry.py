@@ -51,11 +51,18 @@ class Entry(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """What to look for. ``tags`` are tag ids; ``max_age`` (seconds) narrows the entry's expiry."""
+    """What to look for.
+
+    Attributes:
+        tags: ids of tags that the entry must depend on.
+        max_age: seconds since it was stored; narrows the entry's expiry.
+        fresh: whether an entry in its ``grace`` is a miss.
+    """
 
     key: FullKey
     tags: tuple[str, ...] = ()
     max_age: float | None = None
+    fresh: bool = False
 
 
 class Lease(NamedTuple):
@@ -151,8 +158,10 @@ def key_digest(key: FullKey) -> bytes:
 
 def timely(entry: Entry, lookup: Lookup, now: float) -> bool:
     """Whether ``entry`` is young enough at time ``now``, whatever became of its tags."""
-    if entry.expires is not None and now >= entry.expires:
-        return False
+    if entry.expires is not None:
+        ends = entry.expires - entry.grace if lookup.fresh else entry.expires
+        if now >= ends:
+            return False
     return lookup.max_age is None or now < entry.created + lookup.max_age
 
 

@@ -121,7 +121,7 @@ class MemoryCache(TokenCache):
         """Store; ``False`` when the entry alone is larger than the cache, or it is closed."""
         if self.value_serde is not None:
             sealed = pack(key, entry, self.value_serde)
-            entry = Entry(sealed, entry.created, entry.expires, entry.deps)
+            entry = entry._replace(payload=sealed, seconds=0.0, tokens=0)
         size = _size(key, entry)
         now = self.clock()
         with self._lock:
