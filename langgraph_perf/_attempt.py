@@ -165,6 +165,9 @@ class Attempt:
             raise Uncached("bypassed")
         if spec.code is None:
             raise Uncached("unkeyable")
+        patience = binding.patience if backend.cache.blocking else None
+        if patience is not None and patience.is_over(backend.cache.timeout):
+            raise Uncached("slow_cache")
         if spec.remembers and conf.get(CONFIG_KEY_CHECKPOINTER) is not None:
             raise Uncached("remembers", "a graph inside it remembers (checkpointer=True)")
         if resumes(conf, spec.has_subgraph):
@@ -238,6 +241,7 @@ class Attempt:
             owner=owner,
             marks=call_marks(owner, self.config),
             around=part_of(conf),
+            patience=patience,
         )
         heartbeat = getattr(runtime, "heartbeat", NOBODY.heartbeat)
         return call, Caller(heartbeat, binding.blocked_loop, not self.node.spec.native_async)

@@ -2,10 +2,7 @@
 
 Every operation fails open: an error or a missed deadline is a miss (or a result that is not
 stored), counted, and logged once per kind and outage, as is the outage's end. After a few failures
-in a row a circuit breaker stops asking for a while, then lets one operation through to find out
-whether the backend is back (Nygard, *Release It!*, "Circuit Breaker"). Reads, writes and tags have
-breakers of their own, since a full disk must not stop reads; but while nothing can be read, nothing
-else is tried either.
+in a row the cache is left alone for a while, see ``_breaker``.
 """
 
 from __future__ import annotations
@@ -22,88 +19,38 @@ from typing import Any, Literal, TypeVar
 
 from langgraph.cache.base import FullKey, Namespace
 
+from langgraph_perf._breaker import Breaker, Guarded, took_its_deadline
 from langgraph_perf._flight import FlightTable
+from langgraph_perf._refresh import Among
 from langgraph_perf.caches.base import Cache, Entry, Lease, Lookup, owned, tag_id
 from langgraph_perf.caches.tiered import LeftAlone
 
 T = TypeVar("T")
 logger = logging.getLogger("langgraph_perf")
 
-FAILURES_TO_OPEN = 3
-FIRST_PAUSE = 1.0
-LONGEST_PAUSE = 4.0
-"""So long after it is back, at most, a backend is asked again."""
 UNTOLD = 0.1
 """Seconds until the next look at a lease when waiting for its holder failed."""
 MOST_AT_ONCE = 64
 """Most lookups one batch answers: whoever is answered runs at once, and the loop has others."""
 
 
-class Breaker:
-    """Closed, open, or half open; times are seconds of ``clock``."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._failures = 0
-        self._pause = FIRST_PAUSE
-        self._closed_again_at: float | None = None
-        self._probe_until = 0.0
-        self.logged: set[str] = set()
-        """Kinds of failures that are not logged again before it closes."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether operations are being skipped."""
-        return self._closed_again_at is not None
-
-    def allows(self) -> bool:
-        """Whether an operation may be tried now; when half open, one at a time may."""
-        if self._closed_again_at is None:
-            return True
-        now = self._clock()
-        if now < self._closed_again_at or now < self._probe_until:
-            return False
-        # a probe that never reports back (cancelled) must not close the door for ever
-        self._probe_until = now + self._pause
-        return True
-
-    def succeeded(self) -> bool:
-        """An operation went well; whether that ends an outage."""
-        was_open = self.is_open
-        if self._failures:
-            self._failures = 0
-            self._pause = FIRST_PAUSE
-            self._closed_again_at = None
-            self._probe_until = 0.0
-        if was_open:
-            self.logged.clear()
-        return was_open
-
-    def failed(self, *, slowly: bool = False) -> None:
-        """An operation failed; one that took its deadline is reason enough to open."""
-        self._failures += 1
-        if slowly or self._failures >= FAILURES_TO_OPEN:
-            self._closed_again_at = self._clock() + self._pause
-            self._pause = min(self._pause * 2, LONGEST_PAUSE)
-
-
-class Backend:
+class Backend(Guarded):
     """One cache, its breakers and its flights; shared by all graphs that use the cache.
 
     Attributes:
         background: the leases of the runs in the background, which any other run may take away.
+        refreshing: who has one running, by key.
     """
 
     deadline = 2.0
     """Seconds an awaited operation may take before the run goes on without it."""
 
     def __init__(self, cache: Cache, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock)
         self.cache = cache
         self.flights = FlightTable()
         self.background: dict[FullKey, Lease] = {}
-        self.reads = Breaker(clock)
-        self.writes = Breaker(clock)
-        self.tags = Breaker(clock)
+        self.refreshing: Among = {}
         self._failures: Counter[str] = Counter()
         self._batchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Batcher] = (
             weakref.WeakKeyDictionary()
@@ -206,11 +153,11 @@ class Backend:
 
     def acquire(self, key: FullKey) -> Lease | Literal["busy", "failed"]:
         """The lease of ``key``, or that somebody has it, or that there is no telling."""
-        return self._try(self.writes, "lease", self._acquire, key) or "failed"
+        return self._try(self.leases, "lease", self._acquire, key) or "failed"
 
     async def aacquire(self, key: FullKey) -> Lease | Literal["busy", "failed"]:
         """Like ``acquire``, without blocking the event loop."""
-        return await self._atry(self.writes, "lease", self._aacquire, key) or "failed"
+        return await self._atry(self.leases, "lease", self._aacquire, key) or "failed"
 
     def _acquire(self, key: FullKey) -> Lease | Literal["busy"]:
         return self.cache.acquire(key) or "busy"
@@ -220,11 +167,11 @@ class Backend:
 
     def release(self, lease: Lease) -> None:
         """Give a lease back."""
-        self._try(self.writes, "lease", self.cache.release, lease)
+        self._try(self.leases, "lease", self.cache.release, lease)
 
     async def arelease(self, lease: Lease) -> None:
         """Give a lease back even if the caller is being cancelled, however often."""
-        task = asyncio.ensure_future(self._atry(self.writes, "lease", self.cache.arelease, lease))
+        task = asyncio.ensure_future(self._atry(self.leases, "lease", self.cache.arelease, lease))
         # an event loop that ends cancels everything, and what waits for it once more
         while not task.done():
             with contextlib.suppress(asyncio.CancelledError):
@@ -276,22 +223,21 @@ class Backend:
         return result
 
     def _allows(self, breaker: Breaker) -> bool:
-        allowed = (breaker is self.reads or not self.reads.is_open) and breaker.allows()
+        allowed = self.may_try(breaker)
         if not allowed:
             self._failures["skipped"] += 1
         return allowed
 
     def _failed(self, breaker: Breaker, kind: str, exc: Exception) -> None:
-        slowly = isinstance(exc, (TimeoutError, asyncio.TimeoutError))
-        if not isinstance(exc, LeftAlone):
-            breaker.failed(slowly=slowly)
+        slowly, name = took_its_deadline(exc), f"{kind}: {type(exc).__name__}"
+        self._failures[name] += 1
+        if isinstance(exc, LeftAlone):
+            return  # the tier has told, and asks again when it thinks best
+        tells = breaker.failed(name, slowly=slowly)
         # a run has several operations: it is to lose one deadline, not one for each
         if slowly and breaker is not self.reads and not self.cache.layered:
             self.reads.failed(slowly=True)
-        name = f"{kind}: {type(exc).__name__}"
-        self._failures[name] += 1
-        if name not in breaker.logged:
-            breaker.logged.add(name)
+        if tells:
             logger.warning(
                 "%s of %s failed, the run goes on without the cache (logged once): %s: %s",
                 kind,

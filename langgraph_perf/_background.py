@@ -60,9 +60,9 @@ def revalidate(attempt: Attempt, call: Call, is_async: bool) -> None:
     )
     refreshes = attempt.config["configurable"][BINDING].refreshes
     if on_loop:
-        refreshes.start_task(call.key, lambda: _arun(again, refresh))
+        refreshes.start_task(call.key, lambda: _arun(again, refresh), call.backend.refreshing)
     else:
-        refreshes.start(call.key, lambda: _run(again, refresh))
+        refreshes.start(call.key, lambda: _run(again, refresh), call.backend.refreshing)
 
 
 def _run(attempt: Attempt, call: Call) -> None:

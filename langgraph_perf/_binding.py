@@ -20,6 +20,7 @@ from langgraph.cache.base import Namespace
 
 from langgraph_perf._backend import Backend, owner_tag
 from langgraph_perf._owner import DEAD, Pins, run_namespace
+from langgraph_perf._patience import Patience
 from langgraph_perf._refresh import Refreshes
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.policy import CacheControl
@@ -79,6 +80,7 @@ class Binding:
         saver: the checkpointer; its serde may not be known before it was used.
         forked: whether the run starts from a checkpoint that its caller named.
         pins: the tokens that the run goes by for what its thread and itself own.
+        patience: what the outermost run has lost to slow caches.
         seen: the caches of graphs inside, which the outermost graph is to know.
     """
 
@@ -91,6 +93,7 @@ class Binding:
         "forked",
         "items",
         "overridden",
+        "patience",
         "pins",
         "raw_control",
         "refreshes",
@@ -115,6 +118,7 @@ class Binding:
         saver: Any,
         forked: bool,
         pins: Pins,
+        patience: Patience,
         seen: MutableSet[Backend],
     ) -> None:
         self.backend = backend
@@ -130,6 +134,7 @@ class Binding:
         self.saver = saver
         self.forked = forked
         self.pins = pins
+        self.patience = patience
         self.seen = seen
 
     @property
@@ -207,13 +212,14 @@ def make_binding(
     blocked = asyncio._get_running_loop() if blocking else None
     forked = configurable.get("checkpoint_id") is not None
     pins: Pins = {}
+    patience = Patience()
     if parent is None:
         control, run_id = CacheControl.of(raw), secrets.token_hex(16)
     else:
         control = parent.control if raw is parent.raw_control else CacheControl.of(raw)
         run_id, items, backend = parent.run_id, parent.items, backend or parent.backend
         refreshes, saver, seen = parent.refreshes, saver or parent.saver, parent.seen
-        forked, pins = forked or parent.forked, parent.pins
+        forked, pins, patience = forked or parent.forked, parent.pins, parent.patience
         if backend is not None:
             seen.add(backend)
         blocked = blocked or parent.blocked_loop
@@ -239,6 +245,7 @@ def make_binding(
         saver,
         forked,
         pins,
+        patience,
         seen,
     )
     if parent is None:

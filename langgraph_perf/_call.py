@@ -9,6 +9,7 @@ written once. Model: ``hishel``'s states with a sync and an async cache around t
 from __future__ import annotations
 
 import logging
+import math
 import random
 import sys
 from collections.abc import Generator
@@ -177,15 +178,15 @@ def _lead(call: Call, flight: Flight | None, *, took_over: bool = False) -> Step
         return (yield from _or_stale(call, done)) or done
     verdict: Verdict = "abandon"
     try:
-        if not took_over:
+        leased = call.backend.cache.shared
+        if not (took_over or leased):
             # the last leader may have stored its result between our look and our joining
             served = yield from _stored(call, "hit")
             if served is not None:
                 verdict = served.entry or verdict
                 return served
         lease: Lease | None = None
-        # a nested call never waits for another process: that one may be waiting for this one
-        if call.backend.cache.shared and not call.held:
+        if leased:
             taken = yield from _lease(call)
             if isinstance(taken, Ran):
                 verdict = taken.entry or verdict
@@ -267,7 +268,12 @@ def revalidation(call: Call) -> Steps:
 
 
 def _lease(call: Call) -> Generator[Step, Any, Lease | Ran | None]:
-    """The lease of the key, or the result that another process stored meanwhile."""
+    """The lease of the key, or the result that another process stored meanwhile.
+
+    What is part of another call does not wait for ever: another process may hold this key's lease
+    and wait for the other call's.
+    """
+    patience = call.backend.cache.lease_seconds if call.held else math.inf
     pause = NOTIFIED if call.backend.cache.notifies else FIRST_POLL
     longest = max(pause, LONGEST_POLL)
     while True:
@@ -280,7 +286,10 @@ def _lease(call: Call) -> Generator[Step, Any, Lease | Ran | None]:
             yield Release(refreshing)  # nobody waits for what runs in the background
             continue
         if busy:
+            if patience <= 0:
+                return None
             yield Pause(call.key, pause)
+            patience -= pause
             pause = min(pause * 1.5, longest)
         served: Ran | None = None
         try:

@@ -9,9 +9,11 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from langgraph_perf import _heartbeat
+from langgraph_perf._backend import Backend
 from langgraph_perf._call import steps
 from langgraph_perf._flight import AsyncWaiter, SyncWaiter, held_flights
 from langgraph_perf._gathering import gathering_in
+from langgraph_perf._patience import waiting
 from langgraph_perf._steps import (
     Acquire,
     Call,
@@ -80,8 +82,9 @@ def drive(
 
 def _perform(step: Step, call: Call, body: Callable[[], Ran], caller: Caller) -> Any:
     backend = call.backend
-    if type(step) is Read:
-        return backend.read(step.lookup)
+    if type(step) in _QUESTIONS:
+        with waiting(call.patience):
+            return _ask(backend, step)
     if type(step) is Run:
         with _running(step, call):
             try:
@@ -99,17 +102,26 @@ def _perform(step: Step, call: Call, body: Callable[[], Ran], caller: Caller) ->
     if type(step) is Wait:
         assert isinstance(step.waiter, SyncWaiter)
         return step.waiter.wait(caller.heartbeat)
-    if type(step) is Tokens:
-        return backend.tokens(step.tags)
     if type(step) is Revalidate:
         return step.how(step.call, False)
+    assert type(step) is Pause
+    caller.heartbeat()
+    return backend.pause(step.key, step.seconds)
+
+
+_QUESTIONS = frozenset((Read, Tokens, Write, Acquire, Release))
+"""Steps that the cache answers."""
+
+
+def _ask(backend: Backend, step: Step) -> Any:
+    if type(step) is Read:
+        return backend.read(step.lookup)
+    if type(step) is Tokens:
+        return backend.tokens(step.tags)
     if type(step) is Write:
         return backend.write(step.key, step.entry, step.lease)
     if type(step) is Acquire:
         return backend.acquire(step.key)
-    if type(step) is Pause:
-        caller.heartbeat()
-        return backend.pause(step.key, step.seconds)
     assert type(step) is Release
     return backend.release(step.lease)
 
@@ -140,8 +152,9 @@ async def _aperform(
     step: Step, call: Call, body: Callable[[], Awaitable[Ran]], caller: Caller
 ) -> Any:
     backend = call.backend
-    if type(step) is Read:
-        return await backend.aread(step.lookup)
+    if type(step) in _QUESTIONS:
+        with waiting(call.patience):
+            return await _aask(backend, step)
     if type(step) is Run:
         with _running(step, call):
             cancelled = cancellations()
@@ -164,17 +177,22 @@ async def _aperform(
     if type(step) is Wait:
         assert isinstance(step.waiter, AsyncWaiter)
         return await step.waiter.wait(caller.heartbeat)
-    if type(step) is Tokens:
-        return await backend.atokens(step.tags)
     if type(step) is Revalidate:
         return step.how(step.call, True)
+    assert type(step) is Pause
+    caller.heartbeat()
+    return await backend.apause(step.key, step.seconds)
+
+
+async def _aask(backend: Backend, step: Step) -> Any:
+    if type(step) is Read:
+        return await backend.aread(step.lookup)
+    if type(step) is Tokens:
+        return await backend.atokens(step.tags)
     if type(step) is Write:
         return await backend.awrite(step.key, step.entry, step.lease)
     if type(step) is Acquire:
         return await backend.aacquire(step.key)
-    if type(step) is Pause:
-        caller.heartbeat()
-        return await backend.apause(step.key, step.seconds)
     assert type(step) is Release
     return await backend.arelease(step.lease)
 

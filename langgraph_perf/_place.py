@@ -10,6 +10,7 @@ from langgraph_perf import codec, keys
 from langgraph_perf._backend import Backend
 from langgraph_perf._gathering import Gathering
 from langgraph_perf._owner import RUN_SECONDS, Owner
+from langgraph_perf._patience import Patience
 from langgraph_perf._sealing import Seal
 from langgraph_perf._watch import resumes
 from langgraph_perf.caches.base import Lookup
@@ -25,6 +26,7 @@ class Place(NamedTuple):
         scope: who shares them.
         around: the computations that the node is part of, outermost first.
         conf: the node's ``configurable``.
+        patience: what the run may lose to the cache; ``None`` where that never waits.
     """
 
     backend: Backend | None = None
@@ -34,6 +36,7 @@ class Place(NamedTuple):
     scope: Scope = "global"
     around: tuple[Gathering, ...] = ()
     conf: Mapping[str, Any] = MappingProxyType({})
+    patience: Patience | None = None
 
     @property
     def expires(self) -> float | None:

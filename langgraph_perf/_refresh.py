@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import os
 import threading
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Coroutine, Hashable, MutableMapping
 from typing import Any
 
 MOST_THREADS = 8
@@ -14,40 +14,51 @@ MOST_TASKS = 64
 """What is beyond is left to a later call."""
 
 
+_lock = threading.Lock()
+"""One for all: graphs that share a cache see what the others have running."""
+
+
 class Refreshes:
-    """The runs in the background that one graph's calls have started: one for each key.
+    """The runs in the background that one graph's calls have started: one for each key of a cache,
+    also if several graphs use it.
 
     Nodes that run on the event loop are refreshed in tasks of it, because what they use may belong
     to it; all others in daemon threads, so that a program can end. None outlives ``close``.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._running: dict[Hashable, threading.Thread | asyncio.Task[None] | None] = {}
         self._closed = False
         self._pid = os.getpid()
 
-    def start(self, key: Hashable, run: Callable[[], None]) -> None:
-        """Run in a thread, unless ``key`` is being refreshed; ``run`` raises nothing."""
+    def start(self, key: Hashable, run: Callable[[], None], among: Among) -> None:
+        """Run in a thread, unless ``key`` is being refreshed.
+
+        Args:
+            run: it raises nothing.
+            among: who refreshes which key of the same cache.
+        """
         context = contextvars.copy_context()
 
         def work() -> None:
             try:
                 context.run(run)
             finally:
-                self._done(key)
+                self._done(key, among)
 
         thread = threading.Thread(target=work, name="langgraph-perf-refresh", daemon=True)
-        if not self._admits(key, thread):
+        if not self._admits(key, thread, among):
             return
         try:
             thread.start()
         except RuntimeError:  # no more threads, or the interpreter is shutting down
-            self._done(key)
+            self._done(key, among)
 
-    def start_task(self, key: Hashable, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run in a task of the running loop, unless ``key`` is being refreshed."""
-        if not self._admits(key, None):
+    def start_task(
+        self, key: Hashable, run: Callable[[], Coroutine[Any, Any, None]], among: Among
+    ) -> None:
+        """Like ``start``, in a task of the running loop."""
+        if not self._admits(key, None, among):
             return
 
         async def work() -> None:
@@ -56,21 +67,21 @@ class Refreshes:
 
         # outside the lock: whoever makes the tasks of this loop may run any code
         task = asyncio.get_running_loop().create_task(work())
-        task.add_done_callback(lambda _: self._done(key))
-        with self._lock:
+        task.add_done_callback(lambda _: self._done(key, among))
+        with _lock:
             if key in self._running:
                 self._running[key] = task
             if self._closed:
                 task.cancel()
 
-    def _admits(self, key: Hashable, run: threading.Thread | None) -> bool:
+    def _admits(self, key: Hashable, run: threading.Thread | None, among: Among) -> bool:
         """Whether ``key`` may be refreshed now; then it is noted that it is."""
-        if self._pid != os.getpid():  # the threads and loops stayed with the parent
-            self._lock, self._running, self._pid = threading.Lock(), {}, os.getpid()
-        with self._lock:
+        with _lock:
+            if self._pid != os.getpid():  # the threads and loops stayed with the parent
+                self._running, self._pid = {}, os.getpid()
+            other = among.get(key, self)
             for known, running in list(self._running.items()):
-                # a loop that has stopped may never go on
-                if isinstance(running, asyncio.Task) and not running.get_loop().is_running():
+                if not _goes_on(running):
                     del self._running[known]
             threads = sum(isinstance(r, threading.Thread) for r in self._running.values())
             full = (
@@ -78,14 +89,21 @@ class Refreshes:
                 if run is not None
                 else len(self._running) - threads >= MOST_TASKS
             )
-            if self._closed or full or key in self._running:
+            if self._closed or full or other._refreshes(key):
                 return False
             self._running[key] = run
+            among[key] = self
             return True
 
-    def _done(self, key: Hashable) -> None:
-        with self._lock:
+    def _refreshes(self, key: Hashable) -> bool:
+        mine = self._pid == os.getpid() and key in self._running
+        return mine and _goes_on(self._running[key])
+
+    def _done(self, key: Hashable, among: Among) -> None:
+        with _lock:
             self._running.pop(key, None)
+            if among.get(key) is self:
+                del among[key]
 
     def close(self) -> None:
         """Cancel what runs in tasks, and wait for what runs in threads."""
@@ -111,7 +129,7 @@ class Refreshes:
     def _close(self) -> list[threading.Thread | asyncio.Task[None] | None]:
         if self._pid != os.getpid():
             return []
-        with self._lock:
+        with _lock:
             self._closed = True
             running = list(self._running.values())
         for run in running:
@@ -121,3 +139,21 @@ class Refreshes:
                 except RuntimeError:  # its loop is closed: it does not run any more
                     continue
         return running
+
+
+Among = MutableMapping[Hashable, Refreshes]
+"""Who refreshes which key of a cache."""
+
+
+def _goes_on(run: threading.Thread | asyncio.Task[None] | None) -> bool:
+    # a loop that has stopped may never go on
+    return not isinstance(run, asyncio.Task) or run.get_loop().is_running()
+
+
+def _reset_after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)

@@ -17,6 +17,7 @@ from langgraph_perf._flight import Flight, Waiter
 from langgraph_perf._freshness import Freshness, State
 from langgraph_perf._gathering import Gathering
 from langgraph_perf._owner import Owner
+from langgraph_perf._patience import Patience
 from langgraph_perf.caches.base import Entry, Lease, Lookup
 from langgraph_perf.policy import Mode, Scope
 from langgraph_perf.stats import NodeCounters
@@ -34,7 +35,7 @@ class Call:
         spent: language-model tokens the value's computation took.
         on_hit: told of the entry that answers the call.
         freshness: what may be served past its ``ttl``; ``None``: nothing.
-        held: the flights that the call is part of; such a call never waits for other processes.
+        held: the flights that the call is part of.
         suspects: flights that the call may be part of without knowing; its own joins them.
         looked: whether the caller has looked the key up, in vain, a moment ago.
         unreadable: whether what is stored could not be read back.
@@ -43,6 +44,7 @@ class Call:
         owner: who owns it, if not everybody.
         marks: ids of tags that the result depends on and a lookup does not ask for.
         around: the computations that the call is part of, outermost first.
+        patience: what its run may lose to the cache; ``None`` where that never waits.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Call:
     owner: Owner | None = None
     marks: tuple[str, ...] = ()
     around: tuple[Gathering, ...] = ()
+    patience: Patience | None = None
 
     @property
     def lookup(self) -> Lookup:

@@ -27,6 +27,7 @@ from langgraph_perf._gathering import (
     part_of,
 )
 from langgraph_perf._identity import call_marks, call_owner
+from langgraph_perf._patience import waiting
 from langgraph_perf._place import NOWHERE, Place
 from langgraph_perf._sealing import Seal
 from langgraph_perf._steps import Call, Ran
@@ -78,6 +79,7 @@ def get_cache(namespace: str, config: RunnableConfig | None = None) -> ItemCache
         scope,
         part_of(conf),
         conf,
+        binding.patience if binding.backend.cache.blocking else None,
     )
     narrowed(place.around, scope)
     return ItemCache(namespace, place, control, binding.items.of(namespace), config)
@@ -188,7 +190,9 @@ class ItemCache:
         """
         batch = _Batch(self, keys, ttl, tags)
         if self._backend is not None and batch.lookups:
-            batch.found(self._backend.read_many(batch.lookups))
+            with waiting(self._place.patience):
+                entries = self._backend.read_many(batch.lookups)
+            batch.found(entries)
         if batch.missed:
             tokens = self._backend.tokens(batch.marks) if self._backend and batch.marks else ()
             started = time.perf_counter()
@@ -211,7 +215,9 @@ class ItemCache:
         """Like ``get_or_set_many``, awaiting ``compute_many``."""
         batch = _Batch(self, keys, ttl, tags)
         if self._backend is not None and batch.lookups:
-            batch.found(await self._backend.aread_many(batch.lookups))
+            with waiting(self._place.patience):
+                entries = await self._backend.aread_many(batch.lookups)
+            batch.found(entries)
         if batch.missed:
             marks = batch.marks
             tokens = await self._backend.atokens(marks) if self._backend and marks else ()
@@ -264,6 +270,7 @@ class ItemCache:
             owner=self._place.owner,
             marks=self._place.marks,
             around=self._around,
+            patience=self._place.patience,
         )
 
     def _tags(self, tags: Sequence[str]) -> tuple[str, ...]:
@@ -286,6 +293,12 @@ class ItemCache:
             return None
         if self._place.owner is not None and not self._backend.cache.supports_tags:
             self._counters.refused("tags_unsupported")
+            return None
+        patience = self._place.patience
+        if patience is not None and patience.is_over(self._backend.cache.timeout):
+            self._counters.refused("slow_cache")
+            if self._control.mode == "only":
+                raise CacheMiss(self.namespace, "mode 'only', and the cache is slow")
             return None
         max_age = shortest(ttl, self._control.ttl)  # type: ignore[arg-type]
         try:

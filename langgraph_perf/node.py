@@ -15,6 +15,7 @@ from langgraph._internal._runnable import RunnableSeq
 from langgraph_perf._attempt import Attempt
 from langgraph_perf._drive import adrive, adrive_stream, drive, drive_stream
 from langgraph_perf._identity import NodeSpec
+from langgraph_perf._patience import waiting
 
 
 class CachedNode(Runnable[Any, Any]):
@@ -114,7 +115,9 @@ class CachedSeq(RunnableSeq):
         attempt = self._unobserved(input, config, kwargs)
         if attempt is not None and attempt.call is not None:
             call = attempt.call
-            found = attempt.looked_up(call.backend.read(call.lookup))
+            with waiting(call.patience):
+                entry = call.backend.read(call.lookup)
+            found = attempt.looked_up(entry)
             if found is not None:
                 for writer in self.steps[1:]:
                     writer.invoke(found.value, config)
@@ -126,7 +129,9 @@ class CachedSeq(RunnableSeq):
         attempt = self._unobserved(input, config, kwargs)
         if attempt is not None and attempt.call is not None:
             call = attempt.call
-            found = attempt.looked_up(await call.backend.aread(call.lookup))
+            with waiting(call.patience):
+                entry = await call.backend.aread(call.lookup)
+            found = attempt.looked_up(entry)
             if found is not None:
                 for writer in self.steps[1:]:
                     await writer.ainvoke(found.value, config)

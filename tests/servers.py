@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from langgraph_perf._breaker import Guarded
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples are not installed
 
 
@@ -18,3 +20,10 @@ def postgres() -> Iterator[str]:
 
     with private_postgres() as dsn:
         yield dsn
+
+
+def ask_again(guarded: Guarded) -> None:
+    """Let the pauses of what failed be over."""
+    for breaker in guarded.breakers:
+        if breaker.is_open:
+            breaker._closed_again_at = breaker._probe_until = 0.0

@@ -83,7 +83,11 @@ if redis.call('EXISTS', KEYS[1]) == 1 and redis.pcall('GETRANGE', KEYS[1], 4, 7)
 then return -1 end
 if ARGV[2] == '0' then redis.call('SET', KEYS[1], ARGV[4])
 else redis.call('SET', KEYS[1], ARGV[4], 'PX', ARGV[2]) end
-if redis.call('DEL', KEYS[2]) == 1 then redis.pcall('PUBLISH', ARGV[3], '') end
+local lease = redis.pcall('GET', KEYS[2])
+if type(lease) == 'string' and #lease == 16 and redis.call('PTTL', KEYS[2]) > 0 then
+    redis.call('DEL', KEYS[2])
+    redis.pcall('PUBLISH', ARGV[3], '')
+end
 return 1
 """)
 # KEYS, ARGV: as above; then KEYS: index, the namespace's token; ARGV: the name's digest, what
@@ -116,7 +120,11 @@ end
 local last = redis.call('ZRANGE', KEYS[3], -1, -1, 'WITHSCORES')[2]
 if last == 'inf' then redis.call('PERSIST', KEYS[3])
 else redis.call('PEXPIREAT', KEYS[3], last) end
-if redis.call('DEL', KEYS[2]) == 1 then redis.pcall('PUBLISH', ARGV[3], '') end
+local lease = redis.pcall('GET', KEYS[2])
+if type(lease) == 'string' and #lease == 16 and redis.call('PTTL', KEYS[2]) > 0 then
+    redis.call('DEL', KEYS[2])
+    redis.pcall('PUBLISH', ARGV[3], '')
+end
 return 1
 """)
 # KEYS: index, entries. ARGV: the names' digests. Together, or what is stored in between is lost

@@ -156,6 +156,8 @@ class Cache(BaseCache[Any]):
     """Whether it may have several entries of one key, of which ``read`` gives the first."""
     supports_tags: bool = True
     """Whether it has tag tokens; without them nothing that depends on a tag is ever served."""
+    timeout: float = 2.0
+    """Seconds an operation may take, and those of one run together if they are slow."""
     lease_seconds: float = 10.0
     """How long a lease lives without renewal: how long a killed holder delays its successor."""
     notifies: bool = False

@@ -9,10 +9,8 @@ through depends on the ``namespace_tag`` of its namespace besides its own tags.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
-import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -20,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from langgraph.cache.base import FullKey, Namespace
 
+from langgraph_perf._breaker import Breaker, Guarded, took_its_deadline
 from langgraph_perf.caches.base import (
     Cache,
     CacheStats,
@@ -38,8 +37,15 @@ logger = logging.getLogger("langgraph_perf")
 
 _UNKNOWN = ""
 """The token of a copy stored while the authority was away: it never is a current one."""
-_FAILURES_TO_PAUSE = 3
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 4.0
+_BREAKERS = {
+    "peek": "reads",
+    "read": "reads",
+    "peek_tags": "reads",
+    "tag_tokens": "tags",
+    "acquire": "leases",
+    "release": "leases",
+}
+"""Of which kind operations are, if they are not writes."""
 _MOST_OWN = 10_000
 """Most namespaces whose tokens are remembered."""
 
@@ -59,43 +65,35 @@ class _Do(NamedTuple):
 Steps = Generator[_Do, Any, T]
 
 
-class _Tier:
-    """A cache, what it did here, and whether it is left alone for a while."""
+class _Tier(Guarded):
+    """A cache, what it did here, and what of it is left alone for a while."""
 
     def __init__(self, cache: Cache) -> None:
+        super().__init__()
         self.cache = cache
         self.hits = 0
         self.misses = 0
         self.errors = 0
-        self._in_a_row = 0
-        self._pause = _FIRST_PAUSE
-        self._away_until = 0.0
-        self._logged = False
 
-    @property
-    def away(self) -> bool:
-        """Whether it failed so often that asking would only cost its deadline."""
-        return self._in_a_row >= _FAILURES_TO_PAUSE and time.monotonic() < self._away_until
+    def breaker(self, operation: str) -> Breaker:
+        """The one for an operation."""
+        return self.__dict__[_BREAKERS.get(operation, "writes")]  # type: ignore[no-any-return]
 
-    def succeeded(self) -> None:
-        if self._in_a_row:
-            if self._in_a_row >= _FAILURES_TO_PAUSE:
-                self._logged = False
-                logger.info("%s works again", type(self.cache).__name__)
-            self._in_a_row = 0
-            self._pause = _FIRST_PAUSE
+    def away(self, operation: str) -> bool:
+        """Whether it failed so often that asking would only cost its deadline; if not, ask."""
+        return not self.may_try(self.breaker(operation))
+
+    def succeeded(self, operation: str) -> None:
+        if self.breaker(operation).succeeded():
+            logger.info("%s of %s works again", operation, type(self.cache).__name__)
 
     def failed(self, operation: str, exc: Exception) -> None:
         self.errors += 1
-        self._in_a_row += 1
-        if isinstance(exc, (TimeoutError, asyncio.TimeoutError)):
-            # that cost a deadline: once is enough
-            self._in_a_row = max(self._in_a_row, _FAILURES_TO_PAUSE)
-        if self._in_a_row >= _FAILURES_TO_PAUSE:
-            self._away_until = time.monotonic() + self._pause
-            self._pause = min(self._pause * 2, _LONGEST_PAUSE)
-        if not self._logged:
-            self._logged = True
+        slowly, breaker = took_its_deadline(exc), self.breaker(operation)
+        tells = breaker.failed(type(exc).__name__, slowly=slowly)
+        if slowly and breaker is not self.reads:
+            self.reads.failed(slowly=True)  # a run is to lose one deadline, not one for each
+        if tells:
             logger.warning(
                 "%s of %s failed, the other tiers go on (logged once): %s: %s",
                 operation,
@@ -146,6 +144,7 @@ class TieredCache(Cache):
         self.layered = len(self._tiers) > 1
         self.shared = self._leasing is not None
         self.supports_tags = self._last.cache.supports_tags
+        self.timeout = self._last.cache.timeout
         if self._leasing is not None:
             self.lease_seconds = self._leasing.cache.lease_seconds
             self.notifies = self._leasing.cache.notifies
@@ -310,26 +309,26 @@ class TieredCache(Cache):
 
     def _try(self, tier: _Tier, operation: str, *args: Any) -> Steps[Any]:
         """Carry out a primitive; ``None`` when it fails, or is not even tried."""
-        if tier.away:
+        if tier.away(operation):
             return None
         try:
             result = yield _Do(tier.cache, operation, args)
         except Exception as exc:
             tier.failed(operation, exc)
             return None
-        tier.succeeded()
+        tier.succeeded(operation)
         return result
 
     def _must(self, tier: _Tier, operation: str, *args: Any) -> Steps[Any]:
         """Carry out a primitive that no other tier could; fails at once for one left alone."""
-        if tier.away:
+        if tier.away(operation):
             raise LeftAlone(f"{type(tier.cache).__name__} failed and is left alone a while")
         try:
             result = yield _Do(tier.cache, operation, args)
         except Exception as exc:
             tier.failed(operation, exc)
             raise
-        tier.succeeded()
+        tier.succeeded(operation)
         return result
 
     # -- without waiting --------------------------------------------------------------------------
@@ -337,7 +336,12 @@ class TieredCache(Cache):
     def read_now(self, lookup: Lookup) -> Entry | None:
         """What the first tier has, if neither it nor the last one, about its tags, has to wait."""
         first = self._tiers[0]
-        if first.cache.blocking or not self.supports_tags or first is self._last or first.away:
+        if (
+            first.cache.blocking
+            or not self.supports_tags
+            or first is self._last
+            or first.reads.is_open
+        ):
             return None
         try:
             (entry,) = first.cache.peek((lookup,))

@@ -15,10 +15,12 @@ from langgraph.graph import START
 from typing_extensions import TypedDict
 
 from langgraph_perf import CachePolicy, MemoryCache, RedisCache, StateGraph, TieredCache
-from langgraph_perf._backend import Backend, Breaker
+from langgraph_perf._backend import Backend
+from langgraph_perf._breaker import Breaker
 from langgraph_perf.caches.base import Cache
 from langgraph_perf.testing import Clock
 from tests.redis_server import Proxy, Server, free_port, new_prefix
+from tests.servers import ask_again
 
 TIMEOUT = 0.2
 
@@ -195,12 +197,10 @@ def recovers(cache: Cache, graph: Any, runs: list[str], mode: str) -> None:
     deadline = time.monotonic() + 20
     while True:
         assert time.monotonic() < deadline, "it does not recover"
-        for breaker in (backend.reads, backend.writes, backend.tags):
-            breaker._closed_again_at = None
-            breaker._failures = 0
+        ask_again(backend)
         if isinstance(cache, TieredCache):
             for tier in cache._tiers:
-                tier._away_until = 0.0
+                ask_again(tier)
         query = f"after {time.monotonic()}"
         run(graph, [query, query], mode)
         if runs.count(query) == 1:
@@ -270,8 +270,8 @@ def test_a_tier_left_alone_opens_no_breaker(own_server: Server) -> None:
         cache._tiers[-1].failed("read", TimeoutError())
         run(graph, [str(i) for i in range(5)], "sync")
         backend = Backend.of(cache)
-        assert not any(b.is_open for b in (backend.reads, backend.writes, backend.tags))
-        cache._tiers[-1]._away_until = 0.0
+        assert not any(breaker.is_open for breaker in backend.breakers)
+        ask_again(cache._tiers[-1])
         run(graph, ["q", "q"], "sync")
         assert runs.count("q") == 1
 
