@@ -297,7 +297,7 @@ async def test_a_backend_that_hangs_costs_its_deadline(hanging: Hanging) -> None
 
 
 def test_a_full_disk_is_logged_and_the_runs_go_on(tmp_path: Path) -> None:
-    """When nothing can be written any more, every run still ends, and the log says so, not each time."""
+    """When nothing can be written any more, every run ends well, and not each one is logged."""
     script = textwrap.dedent(
         """
         import logging, resource, signal, sys
