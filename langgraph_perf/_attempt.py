@@ -122,7 +122,8 @@ class Attempt:
         try:
             if binding is None or binding.backend is None:
                 raise Uncached(
-                    "no_cache", "neither its graph nor a parent graph was compiled with cache="
+                    "no_cache",
+                    "neither its graph nor a parent graph of this library was compiled with cache=",
                 )
             if self.kwargs:
                 raise Uncached("arguments", "it was called with extra arguments")
@@ -177,7 +178,10 @@ class Attempt:
         scope = self.scope
         tags: tuple[str, ...] = call_tags(policy, self.input)
         seal = Seal.of(binding.serde, backend.cache)
-        digest = call_key(spec, self.input, tags, runtime, binding, seal is not None)
+        try:
+            digest = call_key(spec, self.input, tags, runtime, binding, seal is not None)
+        except ConfigurationError as exc:  # which object of a keyed resource it wants
+            raise ConfigurationError(f"node {spec.name!r}: {exc}") from exc
         owner = call_owner(f"node {spec.name!r}", scope, conf, binding)
         namespace: Namespace = spec.namespace
         if owner is not None:
@@ -315,7 +319,7 @@ class Attempt:
         """The node's leases, by parameter; taken here, so only when its body runs."""
         if not self.node.spec.uses:
             return nullcontext({})
-        registry, wanted, heartbeat = self._wanted()
+        registry, wanted, heartbeat = self._wanted(sync=True)
         return registry.lease(wanted, heartbeat=heartbeat, where=f"node {self.node.spec.name!r}")
 
     def _aleases(
@@ -325,11 +329,16 @@ class Attempt:
         first, spec = self.node.steps[0], self.node.spec
         if not spec.uses:
             return first, nullcontext({})
-        registry, wanted, heartbeat = self._wanted()
+        registry, wanted, heartbeat = self._wanted(sync=False)
         leases = registry.alease(wanted, heartbeat=heartbeat, where=f"node {spec.name!r}")
-        return (first, leases) if spec.native_async else on_thread(first, leases)
+        if spec.native_async:
+            return first, leases
+        exclusive = not all(registry[use.name].shares for use in spec.uses.values())
+        return on_thread(first, leases, exclusive)
 
-    def _wanted(self) -> tuple[Registry, dict[str, Hashable | Want], Callable[[], None]]:
+    def _wanted(
+        self, *, sync: bool
+    ) -> tuple[Registry, dict[str, Hashable | Want], Callable[[], None]]:
         spec = self.node.spec
         conf = self.config.get("configurable") or {}
         binding: Binding | None = conf.get(BINDING)
@@ -344,7 +353,7 @@ class Attempt:
                 parameter: use.want(self.input) for parameter, use in spec.uses.items()
             }
             for use in spec.uses.values():
-                binding.resources.check(use, sync=False)
+                binding.resources.check(use, sync=sync)
         except ConfigurationError as exc:
             raise ConfigurationError(f"node {spec.name!r}: {exc}") from None
         heartbeat = getattr(conf.get(CONFIG_KEY_RUNTIME), "heartbeat", NOBODY.heartbeat)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 import weakref
 from collections import Counter
@@ -21,6 +20,7 @@ from langgraph.cache.base import FullKey, Namespace
 
 from langgraph_perf._breaker import Breaker, Guarded, took_its_deadline
 from langgraph_perf._flight import FlightTable
+from langgraph_perf._locks import new_lock
 from langgraph_perf._refresh import Among
 from langgraph_perf.caches.base import Cache, Entry, Lease, Lookup, owned, tag_id
 from langgraph_perf.caches.tiered import LeftAlone
@@ -250,7 +250,7 @@ class Backend(Guarded):
         logger.info("%s of %s works again", kind, type(self.cache).__name__)
 
 
-_of_lock = threading.Lock()
+_of_lock = new_lock()
 
 
 def owner_tag(namespace: Namespace) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
 import weakref
 from collections.abc import Mapping, MutableSet
 from difflib import get_close_matches
@@ -19,6 +18,7 @@ from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.cache.base import Namespace
 
 from langgraph_perf._backend import Backend, owner_tag
+from langgraph_perf._locks import new_lock
 from langgraph_perf._owner import DEAD, Pins, run_namespace
 from langgraph_perf._patience import Patience
 from langgraph_perf._refresh import Refreshes
@@ -156,7 +156,7 @@ class Binding:
 
 
 _alive: weakref.WeakSet[Binding] = weakref.WeakSet()
-_registering = threading.Lock()
+_registering = new_lock()
 
 
 def owner_forgotten(backend: Backend, tag: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import threading
 import types
 import weakref
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from langgraph_perf._lives import Lives, at_the_end, kept
+from langgraph_perf._locks import new_lock
 from langgraph_perf._provenance import METADATA, Ledger
 
 Saver = BaseCheckpointSaver[Any]
@@ -49,7 +49,7 @@ def _told_by(saver: Saver) -> weakref.WeakSet[Lives]:
             return weakref.WeakSet()
 
 
-_making = threading.Lock()
+_making = new_lock()
 _told: weakref.WeakKeyDictionary[Saver, weakref.WeakSet[Lives]] = weakref.WeakKeyDictionary()
 
 

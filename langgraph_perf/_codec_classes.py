@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import sys
-import threading
 import types
 import weakref
 import zlib
@@ -23,12 +22,13 @@ from langgraph.types import Send
 from pydantic import BaseModel
 
 from langgraph_perf._codec_format import EncodeError, Tag
+from langgraph_perf._locks import new_lock
 
 # -- names ----------------------------------------------------------------------------------------
 
 _unreachable: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
 """Classes this process has encoded that no module attribute leads to, for example local ones."""
-_unreachable_lock = threading.Lock()
+_unreachable_lock = new_lock()
 
 
 def ref_of(cls: type) -> str:

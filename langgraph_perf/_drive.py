@@ -284,7 +284,10 @@ def _running(step: Run, call: Call) -> Iterator[None]:
     and its lease is kept alive."""
     flights = held_flights.set((*call.held, step.flight) if step.flight else call.held)
     if step.lease is not None:
-        limit = BACKGROUND_LEASE if call.background else math.inf
+        limit = math.inf
+        if call.background and call.freshness is not None:
+            # beyond its window nobody takes a stale result: others run the node themselves
+            limit = min(BACKGROUND_LEASE, call.freshness.while_revalidate)
         _heartbeat.keep(call.backend.cache, step.lease, limit)
     if step.flight is not None:
         call.suspects.append(step.flight)

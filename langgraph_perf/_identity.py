@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from langgraph.types import RetryPolicy
 
 from langgraph_perf import keys
 from langgraph_perf._binding import Binding
+from langgraph_perf._locks import new_lock
 from langgraph_perf._owner import Owner, made_in, run_id_of, run_namespace, thread_namespace
 from langgraph_perf.caches.base import tag_id
 from langgraph_perf.codec import Allowlist
@@ -77,7 +77,7 @@ class NodeSpec:
         self.namespace = (NAMESPACE, graph, name)
         self.counters = NodeCounters()
         self._warned: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def warn(self, message: str) -> None:
         """Log a warning, the first time."""

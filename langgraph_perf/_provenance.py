@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from langchain_core.tracers.base import BaseTracer
 from langgraph._internal._constants import CONFIG_KEY_CHECKPOINTER, CONFIG_KEY_TASK_ID, NS_SEP
 
 from langgraph_perf._binding import BINDING, Binding
+from langgraph_perf._locks import new_lock
 from langgraph_perf.caches.base import Entry
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Ledger:
     """What was served from the cache and is in no checkpoint yet, by thread and namespace."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._steps: OrderedDict[tuple[str, str], dict[str, _Served]] = OrderedDict()
 
     def add(self, config: RunnableConfig, served: _Served) -> None:

@@ -9,12 +9,14 @@ import threading
 from collections.abc import Callable, Coroutine, Hashable, MutableMapping
 from typing import Any
 
+from langgraph_perf._locks import new_lock
+
 MOST_THREADS = 8
 MOST_TASKS = 64
 """What is beyond is left to a later call."""
 
 
-_lock = threading.Lock()
+_lock = new_lock()
 """One for all: graphs that share a cache see what the others have running."""
 
 
@@ -148,12 +150,3 @@ Among = MutableMapping[Hashable, Refreshes]
 def _goes_on(run: threading.Thread | asyncio.Task[None] | None) -> bool:
     # a loop that has stopped may never go on
     return not isinstance(run, asyncio.Task) or run.get_loop().is_running()
-
-
-def _reset_after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_after_fork)

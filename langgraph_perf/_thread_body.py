@@ -21,16 +21,20 @@ from langchain_core.runnables import Runnable
 # a private name of LangGraph, with a test in tests/test_langgraph_internals.py
 from langgraph._internal._runnable import RunnableCallable
 
+from langgraph_perf.resources import _offload
+
 
 class _ThreadBody:
-    """Calls a function on a thread of the loop's default executor, as LangGraph does.
+    """Calls a function on a thread: of the loop's default executor, as LangGraph does, or, for one
+    that holds what others wait for, on a private one. They may wait in the executor's threads.
 
     Attributes:
         left: what the thread works at, if it goes on although its task has left.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], private: bool) -> None:
         self._function = function
+        self._private = private
         self._lock = threading.Lock()
         self._skip = self._begun = self._ended = False
         self.left: asyncio.Future[Any] | None = None
@@ -39,7 +43,11 @@ class _ThreadBody:
         """Wait for what the function returns. When cancelled, a function that runs goes on; one
         whose turn has not come is not called any more."""
         call = functools.partial(contextvars.copy_context().run, self._run, args, kwargs)
-        job = asyncio.get_running_loop().run_in_executor(None, call)
+        job: asyncio.Future[Any]
+        if self._private:
+            job = asyncio.wrap_future(_offload.shared.submit(call))
+        else:
+            job = asyncio.get_running_loop().run_in_executor(None, call)
         try:
             return await asyncio.shield(job)
         except BaseException:
@@ -106,12 +114,18 @@ async def _give_back(
 
 
 def on_thread(
-    step: Runnable[Any, Any], leases: AbstractAsyncContextManager[dict[str, Any]]
+    step: Runnable[Any, Any],
+    leases: AbstractAsyncContextManager[dict[str, Any]],
+    private: bool,
 ) -> tuple[Runnable[Any, Any], AbstractAsyncContextManager[dict[str, Any]]]:
-    """A sync node for one async call, and its leases, which last as long as its thread."""
+    """A sync node for one async call, and its leases, which last as long as its thread.
+
+    Args:
+        private: whether others wait for what it leases.
+    """
     if not isinstance(step, RunnableCallable) or step.func is None:
         return step, leases
-    body = _ThreadBody(step.func)
+    body = _ThreadBody(step.func, private)
     own = copy.copy(step)
     own.afunc = body
     return own, _Held(leases, body)

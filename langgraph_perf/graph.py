@@ -6,6 +6,7 @@ import inspect
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from datetime import timedelta
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from langchain_core.runnables import RunnableConfig
@@ -77,6 +78,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
             ConfigurationError: ``cache_policy`` is not a policy, ``resources`` asks for parameters
                 the node does not have, or either names a field that its input does not have.
         """
+        _refuse_typos(node, kwargs)
         uses = parse_resources(node, action, resources)
         before = set(self.nodes)
         given: dict[str, Any] = {
@@ -277,6 +279,18 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
             if schema is not None:
                 found |= types_in(schema)
         return Allowlist.of(*found)
+
+
+def _refuse_typos(node: Any, kwargs: Mapping[str, Any]) -> None:
+    """LangGraph takes any keyword argument, and leaves what it does not know unread."""
+    for name in kwargs:
+        meant = get_close_matches(name, ["cache_policy", "resources"], 1, 0.75)
+        if meant or name in ("cache", "policy"):
+            given = node if isinstance(node, str) else "..."
+            raise ConfigurationError(
+                f"add_node({given!r}, {name}=): there is no such argument; did you mean "
+                f"{(meant or ['cache_policy'])[0]!r}?"
+            )
 
 
 def _remembers(graphs: Sequence[Any]) -> bool:

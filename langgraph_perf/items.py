@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -40,6 +41,9 @@ from langgraph_perf.stats import NodeCounters
 K = TypeVar("K")
 T = TypeVar("T")
 logger = logging.getLogger("langgraph_perf")
+
+_TEMPLATE = re.compile(r"\{[A-Za-z_]\w*\}")
+"""A field of a template, as the tags of a ``CachePolicy`` have them."""
 
 
 def get_cache(namespace: str, config: RunnableConfig | None = None) -> ItemCache:
@@ -160,14 +164,14 @@ class ItemCache:
         _require_callable("aget_or_set(compute=)", compute)
         call = self._call(key, ttl, tags)
         if call is None:
-            return await compute()
+            return await _awaitable("aget_or_set", compute())
 
         watch = Watch()
 
         async def body() -> Ran:
             with self._watched(watch):
                 started = time.perf_counter()
-                value = await compute()
+                value = await _awaitable("aget_or_set", compute())
             return Ran(value, time.perf_counter() - started, watch.taint or self._place.taint)
 
         return await adrive(call, body, NOBODY)  # type: ignore[no-any-return]
@@ -187,6 +191,7 @@ class ItemCache:
 
         Raises:
             ValueError: ``compute_many`` returned another number of values than it got keys.
+            ConfigurationError: it returned what has no order, such as a dict.
         """
         batch = _Batch(self, keys, ttl, tags)
         if self._backend is not None and batch.lookups:
@@ -225,7 +230,7 @@ class ItemCache:
             missing = batch.missing_keys()
             cancelled = cancellations()
             with self._watched(batch.watch), batch.gathering():
-                values = await compute_many(missing)
+                values = await _awaitable("aget_or_set_many", compute_many(missing))
             batch.watch.asked |= cancellations() > cancelled  # they may be incomplete
             for lookup, entry in batch.computed(values, tokens, time.perf_counter() - started):
                 assert self._backend is not None
@@ -281,6 +286,12 @@ class ItemCache:
                 f"tags: {type(self._backend.cache).__name__} cannot invalidate by tag; accepted: "
                 "no tags, or compile(cache=) with MemoryCache, DiskCache or TieredCache"
             )
+        for tag in tags:
+            if _TEMPLATE.search(tag):
+                raise ConfigurationError(
+                    f"tags: got {tag!r}, but items have no fields to fill in; accepted: the tag "
+                    "itself, as in f\"user:{state['user_id']}\""
+                )
         own = () if self._place.owner is None else (self._place.owner.tag,)
         return (*sorted({tag_id(tag) for tag in tags}), *own)
 
@@ -319,6 +330,33 @@ def _require_callable(where: str, compute: object) -> None:
         )
 
 
+def _awaitable(where: str, value: Awaitable[T]) -> Awaitable[T]:
+    if not inspect.isawaitable(value):
+        raise ConfigurationError(
+            f"{where}(compute): got a plain function, which returned a {type(value).__name__}; "
+            f"accepted: an async function, or {where[1:]} for a plain one"
+        )
+    return value
+
+
+def _require_keys(keys: object) -> None:
+    if isinstance(keys, str | bytes):
+        raise ConfigurationError(
+            f"get_or_set_many(keys): got {keys!r:.100}; accepted: a list of keys; did you mean "
+            f"[{keys!r:.100}]?"
+        )
+
+
+def _require_values(namespace: str, values: object) -> None:
+    # an array of numpy, say, is as good as a list; what has no order of its own is not
+    unordered = isinstance(values, str | bytes | Mapping | Set)
+    if unordered or not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
+        raise ConfigurationError(
+            f"compute_many of get_cache({namespace!r}) returned a {type(values).__name__}; "
+            "accepted: a list with the values in the order of the keys"
+        )
+
+
 def _not_awaitable(value: T) -> T:
     if inspect.iscoroutine(value):
         value.close()
@@ -339,6 +377,7 @@ class _Batch:
         ttl: float | timedelta | None,
         tags: Sequence[str],
     ) -> None:
+        _require_keys(keys)
         self._cache = cache
         self._keys = list(keys)
         self._ttl = shortest(seconds("get_or_set_many(ttl=)", ttl), cache._control.ttl)  # type: ignore[arg-type]
@@ -394,6 +433,7 @@ class _Batch:
         self, values: Sequence[Any], tokens: Sequence[str] | None, took: float
     ) -> list[tuple[Lookup, Entry]]:
         """Take the computed values; returns what to store."""
+        _require_values(self._cache.namespace, values)
         if len(values) != len(self.missed):
             raise ValueError(
                 f"compute_many of get_cache({self._cache.namespace!r}) got {len(self.missed)} keys "

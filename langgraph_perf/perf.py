@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterator, Mapping, MutableSet, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from langgraph_perf._backend import Backend
 from langgraph_perf._binding import CONTROL
 from langgraph_perf._identity import NodeSpec
 from langgraph_perf._lives import Lives
+from langgraph_perf._locks import new_lock
 from langgraph_perf._refresh import Refreshes
 from langgraph_perf.caches.base import Cache, namespace_tag
 from langgraph_perf.errors import ConfigurationError
@@ -37,7 +37,7 @@ class Perf:
         registry: Registry | None,
     ) -> None:
         self._graph = graph
-        self._overriding = threading.Lock()
+        self._overriding = new_lock()
         self.registry = registry
         self.family: list[Perf] = [self]
         self._compiled_with = registry
@@ -225,11 +225,12 @@ class Perf:
             if prefix and graph.perf.registry is not None:
                 continue
             for name, spec in graph.perf.specs.items():
-                for use in spec.uses.values():
-                    try:
+                try:
+                    for use in spec.uses.values():
                         self.registry.check(use, sync=not spec.native_async)
-                    except ConfigurationError as exc:
-                        raise ConfigurationError(f"node {prefix + name!r}: {exc}") from None
+                    self.registry.check_numbers([use.name for use in spec.uses.values()])
+                except ConfigurationError as exc:
+                    raise ConfigurationError(f"node {prefix + name!r}: {exc}") from None
 
     def check_control(self, control: CacheControl) -> None:
         """Refuse a ``cache_control`` for nodes that do not exist."""

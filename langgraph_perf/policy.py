@@ -5,6 +5,7 @@ Both are immutable and validated when they are made, so that a typo fails where 
 
 from __future__ import annotations
 
+import inspect
 import math
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -70,6 +71,11 @@ class CachePolicy:
     on_fork: OnFork = "reuse"
 
     def __post_init__(self) -> None:
+        if inspect.iscoroutinefunction(self.key):
+            raise ConfigurationError(
+                f"CachePolicy.key: got {self.key!r:.200}, an async function; accepted: a plain "
+                "one, field names or None"
+            )
         if self.key is not None and not callable(self.key):
             names = _names("CachePolicy.key", self.key, "field names, a callable or None")
             if not names:

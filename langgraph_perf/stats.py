@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from langgraph_perf._locks import new_lock
 from langgraph_perf.caches.base import CacheStats
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class NodeCounters:
     """The live counters behind one ``NodeStats``."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._hits = self._stale_hits = self._misses = self._coalesced = self._runs = 0
         self._refusals: Counter[str] = Counter()
         self._seconds_saved = self._seconds_spent = 0.0
@@ -137,7 +137,7 @@ class ItemCounters:
     """The live counters of the item caches that a graph's nodes use, by namespace."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._counters: dict[str, NodeCounters] = {}
 
     def of(self, namespace: str) -> NodeCounters:

@@ -586,7 +586,7 @@ async def test_a_cancelled_sync_body_keeps_its_lease_until_its_thread_ends(strea
 
 async def test_a_cancelled_sync_body_that_has_not_begun_never_does() -> None:
     """Its lease comes back at once, so it must not run when a thread comes free."""
-    pool = Pool(Connection, max_size=1)
+    pool = Shared(Connection)
     busy, go_on, runs = threading.Event(), threading.Event(), []
     with ThreadPoolExecutor(1) as executor:
         asyncio.get_running_loop().set_default_executor(executor)
@@ -675,6 +675,70 @@ async def test_a_manager_cannot_swallow_a_nodes_error(kind: str) -> None:
     idle(graph)
 
 
+async def test_holders_are_never_short_of_threads() -> None:
+    """Bodies that wait for a resource take threads of the loop's executor, not those that its
+    holders need to go on and give it back."""
+    held, wait = threading.Event(), threading.Event()
+
+    def whole(state: State, db: Connection) -> State:
+        return {}
+
+    def part(state: State) -> State:
+        assert held.wait(10)
+        wait.set()
+        with lease("db"):
+            return {}
+
+    builder = StateGraph(State)
+    builder.add_node("part", part).add_edge(START, "part")
+    builder.add_node("whole", whole, resources=["db"]).add_edge(START, "whole")
+
+    def create() -> Connection:
+        held.set()
+        assert wait.wait(10)  # by now the only thread is taken
+        return Connection()
+
+    graph = builder.compile(resources={"db": Pool(create, max_size=1, timeout=10)})
+    with ThreadPoolExecutor(1) as executor:
+        asyncio.get_running_loop().set_default_executor(executor)
+        await graph.ainvoke({})
+    idle(graph)
+
+
+def test_more_objects_than_there_can_be_are_refused_at_compile() -> None:
+    """A node that could never have what it asks for is named when the graph is compiled."""
+    with pytest.raises(ConfigurationError, match=r"node 'node': 2 objects of Pool 'db'.*max_size"):
+        build(
+            lambda state, a, b: {},
+            {"a": "db", "b": "db"},
+            {"db": Pool(Connection, max_size=1)},
+        )
+
+
+def test_a_key_function_that_is_async_is_refused() -> None:
+    """What it returns would be a key that nothing ever equals."""
+
+    async def key(state: State) -> str:
+        return "k"
+
+    with pytest.raises(ConfigurationError, match=r"Use\('models'\): key .*async def"):
+        Use("models", key=key)
+
+
+def test_errors_of_leases_name_the_node() -> None:
+    """Also where only the run shows that a sync node gets what needs an event loop."""
+
+    async def load() -> str:
+        return "model"
+
+    graph = build(lambda state, db: {}, ["db"], {"db": Shared(object)})
+    with (
+        graph.perf.override(db=Shared(load)),
+        pytest.raises(ConfigurationError, match=r"node 'node': Shared 'db'.*async def"),
+    ):
+        graph.invoke({})
+
+
 async def test_a_destroyed_task_leaves_the_lease_with_its_thread() -> None:
     """As a cancelled one does."""
     pool = Pool(Connection, max_size=1)
@@ -687,7 +751,7 @@ async def test_a_destroyed_task_leaves_the_lease_with_its_thread() -> None:
 
     async def run() -> None:
         step = RunnableCallable(node, partial(run_in_executor, None, node), trace=False)
-        first, leases = on_thread(step, Registry({"db": pool}).alease({"db": None}))
+        first, leases = on_thread(step, Registry({"db": pool}).alease({"db": None}), False)
         async with leases as leased:
             await first.ainvoke({}, **leased)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 from langchain_core.runnables import RunnableConfig
 from langgraph.cache.memory import InMemoryCache
@@ -286,3 +287,56 @@ def test_what_computes_an_item_is_a_plain_function() -> None:
             items.get_or_set("key", given)
     with pytest.raises(ConfigurationError, match=r"got 5; accepted: a function"):
         items.get_or_set("key", 5)  # type: ignore[arg-type]
+
+
+def inside(cache: Cache, body: Callable[[], Any]) -> Any:
+    """What ``body`` returns inside a node."""
+    result: list[Any] = []
+    graph_of(lambda state: {"vectors": result.append(body())}, cache).invoke({})
+    return result[0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"a": "A", "b": "B"}, {"A", "B"}, "AB", None, iter("AB")],
+    ids=lambda v: type(v).__name__,
+)
+def test_values_without_an_order_are_refused(values: Any) -> None:
+    """They would be stored under the wrong keys."""
+    with (
+        MemoryCache() as cache,
+        pytest.raises(ConfigurationError, match="list with the values in the order of the keys"),
+    ):
+        inside(cache, lambda: get_cache("x").get_or_set_many(["a", "b"], lambda keys: values))
+
+
+def test_an_array_is_as_good_as_a_list() -> None:
+    """What embeds texts returns a matrix, with a row for each of them."""
+    with MemoryCache() as cache:
+        for _ in range(2):
+            rows = inside(
+                cache,
+                lambda: get_cache("x").get_or_set_many(["a", "b"], lambda keys: np.eye(2)),
+            )
+            assert [row.tolist() for row in rows] == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("keys", ["ab", b"ab"])
+def test_one_string_is_no_list_of_keys(keys: Any) -> None:
+    """Each character would be a key."""
+    with pytest.raises(ConfigurationError, match="did you mean"):
+        get_cache("x").get_or_set_many(keys, list)
+
+
+def test_tags_of_items_are_no_templates() -> None:
+    """Nothing would be filled in, and no invalidation would reach the item."""
+    with MemoryCache() as cache, pytest.raises(ConfigurationError, match="no fields to fill in"):
+        inside(cache, lambda: get_cache("x").get_or_set("k", int, tags=["user:{user_id}"]))
+
+
+async def test_plain_functions_for_async_twins_are_refused() -> None:
+    """The error says which method takes them."""
+    with pytest.raises(ConfigurationError, match="or get_or_set for a plain one"):
+        await get_cache("x").aget_or_set("k", lambda: 7)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ConfigurationError, match="or get_or_set_many for a plain one"):
+        await get_cache("x").aget_or_set_many([1], lambda keys: keys)  # type: ignore[arg-type]

@@ -205,3 +205,20 @@ def test_bad_directories_are_named(tmp_path: Any) -> None:
         DiskCache(tmp_path / "file")
     with pytest.raises(ConfigurationError, match="directory"):
         DiskCache(7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["cache_polcy", "cachepolicy", "policy", "cache", "resource"])
+def test_misspelt_arguments_of_add_node_are_refused(name: str) -> None:
+    """LangGraph would take them, and the node would run uncached."""
+    with pytest.raises(ConfigurationError, match=f"{name}=.*did you mean"):
+        StateGraph(State).add_node("node", lambda state: {}, **{name: None})
+
+
+def test_an_async_key_is_refused() -> None:
+    """A coroutine is no key."""
+
+    async def key(state: Any) -> str:
+        return "k"
+
+    with pytest.raises(ConfigurationError, match=r"CachePolicy.key: .* an async function"):
+        CachePolicy(key=key)

@@ -284,7 +284,8 @@ class Listener:
                 self._send(sock, command, self._present)
             if len(self._pings) < _MOST_PINGS:
                 self._pings.append(now)
-                self._send(sock, (b"PING",), self._answered)
+                # whether the server still remembers it: it may have been flushed, or evicted
+                self._send(sock, (b"ZSCORE", self._views, self.own), self._answered)
         return max(0.0, min(self._next_ping - now, self._timeout))
 
     def _view_begins(self, _: Any) -> None:
@@ -297,8 +298,11 @@ class Listener:
         if reply == b"1":
             self._present_until = asked + PRESENT_SECONDS
 
-    def _answered(self, _: Any) -> None:
+    def _answered(self, remembered: Any) -> None:
         asked = self._pings.popleft()
+        if remembered is None:
+            self._next_presence = self._present_until = 0.0
+            return
         # not longer than invalidations reckon with it
         if self._keeps_view and asked + VIEW_SECONDS <= self._present_until:
             self.view.confirm(asked)

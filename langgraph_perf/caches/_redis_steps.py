@@ -75,6 +75,8 @@ _LARGE = 2**18
 _SCAN = 1000
 _MEMBER = re.compile(rb"[0-9a-f]{32}")
 _TOKEN_LENGTH = 16
+_LONGEST = 1e11
+"""Seconds; the server takes no time to live that goes beyond what its clock can hold."""
 
 # KEYS: entry, lease. ARGV: token or '', milliseconds or '0', channel, entry.
 _WRITE = Script("""
@@ -258,7 +260,8 @@ class RedisSteps(TokenCache):
     def _write(self, digest: bytes, is_owned: bool, entry: Entry, token: str) -> Command:
         milliseconds = 0
         if entry.expires is not None:
-            milliseconds = max(1, math.ceil((entry.expires - self.clock()) * 1000))
+            seconds = min(entry.expires - self.clock(), _LONGEST)
+            milliseconds = max(1, math.ceil(seconds * 1000))
         name, lease, channel = [
             self._digest_name(kind, digest, is_owned) for kind in (_ENTRY, "l", "w")
         ]

@@ -81,7 +81,8 @@ class CacheStats:
     """A snapshot of one cache: what it holds now, and what it did since it was opened here.
 
     Attributes:
-        entries: how many entries it holds; ``bytes`` how much room they take.
+        entries: how many entries it holds; ``bytes`` how much room they take. Both are 0 of a
+            ``RedisCache``, which would have to walk over all keys of the server.
         expired: entries dropped because their time was over.
         evicted: entries dropped to stay within the bounds.
         damaged: stored entries that could not be read back and counted as misses.

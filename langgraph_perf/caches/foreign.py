@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from langgraph.cache.base import BaseCache, FullKey, Namespace
 from langgraph.cache.memory import InMemoryCache
 
+from langgraph_perf._locks import new_lock
 from langgraph_perf.caches.base import (
     Cache,
     CacheStats,
@@ -278,4 +279,4 @@ def _plain_namespaces(namespaces: Sequence[Namespace] | None) -> list[Namespace]
 
 
 _adapters: weakref.WeakValueDictionary[int, ForeignCache] = weakref.WeakValueDictionary()
-_adapters_lock = threading.Lock()
+_adapters_lock = new_lock()

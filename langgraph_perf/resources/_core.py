@@ -277,7 +277,8 @@ class Core(Ledger):
         holds it, the next step, or the next waiter that looks again, does what is left to do.
         """
         self._late.append((self._lose, (entry, ok)))
-        if self.lock.acquire(blocking=False):
+        # nor must it close anything while its own thread holds the lock, in a fast path, say
+        if not self.lock._is_owned() and self.lock.acquire(blocking=False):  # type: ignore[attr-defined]
             self.lock.release()
             self._do(_nothing)
 

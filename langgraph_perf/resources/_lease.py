@@ -252,7 +252,9 @@ class AsyncLease(BaseLease[T]):
         if hooks.async_check:
 
             def settle() -> None:
+                nonlocal left_behind
                 if left_behind:
+                    left_behind = False  # once: by now somebody else may have it
                     core.give_back(entry, _answer(job))
 
             answer = job = spawn(_apasses(hooks, entry), settle)

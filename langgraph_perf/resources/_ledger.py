@@ -334,11 +334,7 @@ class Ledger(ABC):
     def _failed(self, entry: Entry, error: BaseException) -> None:
         self._failures += 1
         if entry.state is State.CLOSING:
-            if entry.victim is None or entry.victim.begun:
-                self._closes += 1
-            else:
-                self.entries.add(entry.victim)
-                self._leave(entry.victim)
+            self._victim_left(entry)
         waiter, entry.waiter = entry.waiter, None
         entry.victim, entry.state = None, State.GONE
         self._unlink(entry)
@@ -346,6 +342,14 @@ class Ledger(ABC):
         if not self._tell(waiter, error):
             self._effects.lost.append(error)
         self._dispatch()
+
+    def _victim_left(self, place: Entry) -> None:
+        """What was to make room for ``place`` goes all the same: it has been taken out already."""
+        if place.victim is None or place.victim.begun:
+            self._closes += 1
+        else:
+            self.entries.add(place.victim)
+            self._leave(place.victim)
 
     def _tell(self, waiter: Waiter | None, error: BaseException) -> bool:
         if waiter is None or not waiter.alive():
@@ -375,10 +379,10 @@ class Ledger(ABC):
                 self._effects.closes.append(entry)
                 self._closes += 1
             elif entry.state is State.CLOSING:
-                self._closes += 1
+                self._victim_left(entry)
             self._unlink(entry)
             self.entries.remove(entry)
-            entry.state = State.GONE
+            entry.victim, entry.state = None, State.GONE
 
     def _reap(self) -> None:
         self.armed = NEVER

@@ -35,7 +35,7 @@ _Inbox = SimpleQueue[_Message]
 
 
 def _wait(inbox: _Inbox, timeout: float) -> _Message:
-    return inbox.get(timeout=timeout)
+    return inbox.get(timeout=min(timeout, threading.TIMEOUT_MAX))
 
 
 class Reaper:

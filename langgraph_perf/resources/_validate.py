@@ -30,7 +30,10 @@ def seconds(owner: str, field: str, value: object, *, above_zero: bool = False) 
     accepted = "a number of seconds " + ("above 0, or None" if above_zero else "from 0 on, or None")
     if isinstance(value, bool) or not isinstance(value, Real):
         refuse(owner, field, value, accepted)
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number) or number < 0 or (above_zero and number == 0):
         refuse(owner, field, value, accepted)
     return number

@@ -268,7 +268,8 @@ async def _aclose_here(hooks: Hooks, obj: Any) -> None:
 
 
 async def aclose(hooks: Hooks, entry: Entry) -> None:
-    """Close an object from a task, on the loop it belongs to; waits until that is done."""
+    """Close an object from a task, on the loop it belongs to; waits until that is done, unless that
+    loop does not run at present: then it closes the object when it goes on."""
     home = entry.loop
     if hooks.close is None:
         return
@@ -279,7 +280,7 @@ async def aclose(hooks: Hooks, entry: Entry) -> None:
     elif home.is_running():
         elsewhere = asyncio.run_coroutine_threadsafe(_aclose_here(hooks, entry.obj), home)
         await asyncio.wait([asyncio.wrap_future(elsewhere)], timeout=CLOSE_GRACE)
-    else:
+    elif home.is_closed() or not start_on(home, functools.partial(_aclose_here, hooks, entry.obj)):
         await off_loop(functools.partial(_close_without_its_loop, hooks, entry.obj, CLOSE_GRACE))
 
 

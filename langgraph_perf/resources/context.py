@@ -21,7 +21,7 @@ from langgraph_perf.resources._lease import Heartbeat, taken_at
 from langgraph_perf.resources._stats import ResourceStats
 from langgraph_perf.resources._turns import Turns
 from langgraph_perf.resources._validate import describe, function
-from langgraph_perf.resources._work import off_loop, start_on
+from langgraph_perf.resources._work import in_background, off_loop, start_on
 from langgraph_perf.resources.resource import Resource, owner_name
 
 T = TypeVar("T")
@@ -44,8 +44,9 @@ class FromContext(Resource[T]):
     driver's own timeout (``ConnectionPool(timeout=)`` of psycopg_pool, ``pool_timeout=`` of
     SQLAlchemy), and expect the driver's own error. Async callers can be cancelled at any time.
 
-    A context manager that is only sync is entered and left on a private thread for async callers;
-    at most 32 of them enter at once, the others wait for their turn.
+    A context manager that is only sync is made, entered and left on a private thread for async
+    callers, the first one of all apart, which is made on the event loop; at most 32 of them enter
+    at once, the others wait for their turn.
     One that is only async cannot serve sync callers.
 
     Args:
@@ -62,6 +63,8 @@ class FromContext(Resource[T]):
         super().__init__(owner)
         self._factory = factory
         self._needs_loop = _only_async(owner, factory)
+        self.only_sync = False
+        """Whether its context managers turned out to be sync: then making one may block as well."""
         self._closed = False
         self.generation = 0
         self._reset()
@@ -183,12 +186,11 @@ class _BaseContextLease(Generic[T]):
         self._manager: Any = None
         self._generation = -1
 
-    def _begin(self) -> Any:
+    def _begin(self) -> None:
         if self._used:
             raise LeaseError(f"{self._resource.owner}: this lease was entered already")
         self._used = True
         self._generation = self._resource.generation
-        return self._resource.make()
 
     def _end(self) -> Any:
         """The context manager to leave; ``None`` in a forked child, which may not."""
@@ -226,7 +228,8 @@ class ContextLease(_BaseContextLease[T]):
     """One use of a context manager, for ``with``."""
 
     def __enter__(self) -> T:
-        manager = self._begin()
+        self._begin()
+        manager = self._resource.make()
         if not hasattr(type(manager), "__enter__"):
             raise self._resource.refuse(
                 manager, "a context manager for 'with' (it is used in a sync node)"
@@ -256,18 +259,20 @@ class AsyncContextLease(_BaseContextLease[T]):
     """One use of a context manager, async or not, for ``async with``."""
 
     async def __aenter__(self) -> T:
-        manager = self._begin()
-        kind = type(manager)
+        self._begin()
+        resource = self._resource
         self._home = asyncio.get_running_loop()
-        self._async = hasattr(kind, "__aenter__")
         began = time.monotonic()
+        manager: Any = None if resource.only_sync else resource.make()
+        self._async = hasattr(type(manager), "__aenter__")
         with _beating(self._heartbeat):
             if self._async:
                 value = await manager.__aenter__()
-            elif hasattr(kind, "__enter__"):
-                value = await _enter_off_loop(self._resource, manager)
+            elif manager is None or hasattr(type(manager), "__enter__"):
+                resource.only_sync = True
+                manager, value = await _enter_off_loop(resource, manager)
             else:
-                raise self._resource.refuse(manager, "a context manager")
+                raise resource.refuse(manager, "a context manager")
         self._resource.entered(time.monotonic() - began)
         self._manager = manager
         return value  # type: ignore[no-any-return]
@@ -293,24 +298,41 @@ class AsyncContextLease(_BaseContextLease[T]):
             self._resource.left()
 
     def _recover(self, manager: Any) -> None:
-        if not self._async:
-            _exit_quietly(self._resource.owner, manager)
-        else:
-            start_on(self._home, functools.partial(_aexit_quietly, self._resource.owner, manager))
+        owner = self._resource.owner
+        if self._async:
+            start_on(self._home, functools.partial(_aexit_quietly, owner, manager))
+            return
+        try:
+            # a finalizer must not start a thread, nor keep an event loop waiting
+            self._home.call_soon_threadsafe(_exit_off_loop, owner, manager)
+        except RuntimeError:
+            _exit_quietly(owner, manager)
 
 
-async def _enter_off_loop(resource: FromContext[Any], manager: Any) -> Any:
-    """Enter a sync context manager on a thread; one entered for nobody is left again."""
-    job = resource.turns.submit(manager.__enter__)
+async def _enter_off_loop(resource: FromContext[Any], made: Any) -> tuple[Any, Any]:
+    """Enter a sync context manager, by default a new one, on a thread; one entered for nobody is
+    left again."""
+
+    def enter() -> tuple[Any, Any]:
+        manager = resource.make() if made is None else made
+        if not hasattr(type(manager), "__enter__"):
+            raise resource.refuse(manager, "context managers of one kind, for 'with'")
+        return manager, manager.__enter__()
+
+    job = resource.turns.submit(enter)
     try:
         return await asyncio.shield(asyncio.wrap_future(job))
     except BaseException:
         if not job.cancel():  # its turn has come; it may be over, and have failed
             owner = resource.owner
             job.add_done_callback(
-                lambda done: None if done.exception() else _exit_quietly(owner, manager)
+                lambda done: None if done.exception() else _exit_off_loop(owner, done.result()[0])
             )
         raise
+
+
+def _exit_off_loop(owner: str, manager: Any) -> None:
+    in_background(functools.partial(_exit_quietly, owner, manager))
 
 
 def _exit_quietly(owner: str, manager: Any) -> None:

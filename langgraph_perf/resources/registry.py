@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import os
 import sys
-import threading
 import time
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, nullcontext
 from types import CodeType, TracebackType
 from typing import Any, NamedTuple
 
+from langgraph_perf._locks import new_lock
 from langgraph_perf.errors import ConfigurationError, LeaseError
 from langgraph_perf.resources._lease import Heartbeat
 from langgraph_perf.resources._stats import ResourceStats
@@ -109,6 +109,17 @@ class Registry(Mapping[str, Resource[Any]]):
                 "'async def', or give the resource sync functions"
             )
 
+    def check_numbers(self, names: Iterable[str]) -> None:
+        """See that a node can have all these at once.
+
+        Raises:
+            ConfigurationError: it asks for more objects of one resource than there can be.
+        """
+        for name, number in Counter(names).items():
+            resource = self.find(name)
+            if not resource.shares:  # or some of them may be the same object
+                _check_number(resource, number)
+
     def lease(
         self,
         wanted: Mapping[str, Hashable | Want],
@@ -183,11 +194,7 @@ class Registry(Mapping[str, Resource[Any]]):
             else:
                 units.append(_Unit(want.key, [label]))
         for resource, units in groups.items():
-            if resource.max_size is not None and len(units) > resource.max_size:
-                raise ConfigurationError(
-                    f"{len(units)} objects of {resource.owner} are asked for at once, but it has "
-                    f"at most {resource.max_size} (max_size)"
-                )
+            _check_number(resource, len(units))
         return _Request(
             sorted(groups.items(), key=lambda item: item[0].order),
             seconds("lease()", "timeout", timeout),
@@ -317,17 +324,16 @@ class _Options:
         return {"timeout": left, "heartbeat": self._heartbeat}
 
 
+def _check_number(resource: Resource[Any], number: int) -> None:
+    if resource.max_size is not None and number > resource.max_size:
+        raise ConfigurationError(
+            f"{number} objects of {resource.owner} are asked for at once, but it has "
+            f"at most {resource.max_size} (max_size)"
+        )
+
+
 _gates: weakref.WeakKeyDictionary[Resource[Any], Pool[object]] = weakref.WeakKeyDictionary()
-_gates_lock = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _gates_lock
-    _gates_lock = threading.Lock()  # another thread may have held it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_gates_lock = new_lock()
 
 
 def _gate(resource: Resource[Any]) -> Pool[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -41,6 +42,11 @@ class Use:
         ):
             accepted = "the name of a field of the node's input, a function of it, or None"
             refuse(f"Use({self.name!r})", "key", self.key, accepted)
+        if inspect.iscoroutinefunction(self.key):
+            raise ConfigurationError(
+                f"Use({self.name!r}): key must be a plain function, got {self._described()}, which "
+                "is an 'async def'; put what it finds out into a field of the input"
+            )
 
     def want(self, state: Any) -> Want:
         """What to lease for a node that runs on ``state``.

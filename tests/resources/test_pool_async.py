@@ -18,7 +18,7 @@ from langgraph_perf.errors import (
     ResourceError,
     TooManyWaiting,
 )
-from langgraph_perf.resources import Pool, _core, _offload
+from langgraph_perf.resources import Pool, Shared, _core, _offload
 from langgraph_perf.resources import _lease as lease_module
 from langgraph_perf.resources._waiters import TaskWaiter
 
@@ -463,6 +463,104 @@ async def test_cancelled_during_an_async_check(watch: Watch, maker: Maker) -> No
     with pytest.raises(asyncio.CancelledError):
         await holder.task
     await auntil(lambda: maker.closed == [thing])
+
+
+async def test_cancelled_in_the_tick_in_which_its_check_ends(watch: Watch) -> None:
+    """The object comes back once: whoever has leased it by then is its only owner."""
+    ends: asyncio.Future[bool] | None = None
+    checked, owners, most = asyncio.Event(), 0, 0
+
+    async def check(thing: object) -> bool:
+        checked.set()
+        return True if ends is None else await ends
+
+    async def create() -> object:
+        return object()
+
+    pool = watch(Pool(create, max_size=1, check=check))
+    async with pool.alease():
+        pass
+    ends = asyncio.get_running_loop().create_future()
+    checked.clear()
+    victim = AsyncHolder(pool)
+    await checked.wait()
+
+    async def use() -> None:
+        nonlocal owners, most
+        async with pool.alease():
+            owners += 1
+            most = max(most, owners)
+            await passes()
+            owners -= 1
+
+    users = [asyncio.create_task(use()) for _ in range(5)]
+    await auntil(lambda: pool.stats().waiting == 5)
+    asyncio.get_running_loop().call_soon(victim.task.cancel)
+    ends.set_result(True)
+    ends = None
+    await asyncio.wait(users)
+    with pytest.raises(asyncio.CancelledError):
+        await victim.task
+    assert most == 1
+    assert pool.stats().idle == pool.stats().size == 1
+
+
+def test_objects_of_a_loop_that_stands_still_are_closed_on_it() -> None:
+    """It may go on at any time, and no other loop can close what is its own."""
+    closed: list[bool] = []
+
+    async def create() -> Any:
+        return asyncio.get_running_loop()
+
+    async def close(home: Any) -> None:
+        closed.append(asyncio.get_running_loop() is home)
+
+    async def use(resource: Any) -> None:
+        async with resource.alease():
+            pass
+
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    for resource in (Shared(create, close=close), Pool(create, max_size=1, close=close)):
+        first.run_until_complete(use(resource))
+        second.run_until_complete(use(resource))  # which makes room for it
+        first.run_until_complete(passes())
+        second.run_until_complete(resource.aclose())
+    first.close()
+    second.close()
+    assert closed == [True] * 4
+
+
+def test_what_makes_room_is_closed_though_the_loop_that_asked_is_gone() -> None:
+    """Nothing is lost with an event loop that is closed by hand in the middle of it."""
+    made, closed = [], []
+
+    async def create() -> object:
+        made.append(object())
+        return made[-1]
+
+    async def close(obj: object) -> None:
+        closed.append(obj)
+
+    async def use() -> None:
+        async with pool.alease():
+            pass
+
+    pool = Pool(create, max_size=1, close=close)
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    first.run_until_complete(use())
+    task = second.create_task(use())
+    second.call_soon(second.stop)
+    second.run_forever()  # it has asked for the place, and its load has not begun
+    second.close()
+    pool._core.reap()
+    first.run_until_complete(passes())
+    assert closed == made[:1]
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    task.get_coro().close()
+    first.run_until_complete(use())
+    first.run_until_complete(pool.aclose())
+    first.close()
+    assert closed == made
 
 
 async def test_cancelled_during_a_sync_check(watch: Watch, maker: Maker) -> None:

@@ -167,6 +167,42 @@ def test_a_child_takes_several_objects_whoever_held_the_lock() -> None:
 
 
 @needs_fork
+def test_locks_of_a_run_are_free_in_a_child() -> None:
+    """Whatever other threads were about when it was forked, graphs run there."""
+    run(
+        """
+        from langgraph.graph import START
+        from typing_extensions import TypedDict
+        from langgraph_perf import CachePolicy, MemoryCache, StateGraph, _locks
+
+        class State(TypedDict, total=False):
+            answer: str
+
+        builder = StateGraph(State).add_node(
+            "node", lambda state, db: {"answer": "a"}, resources=["db"],
+            cache_policy=CachePolicy(version=1),
+        )
+        graph = builder.add_edge(START, "node").compile(
+            cache=MemoryCache(), resources={"db": Pool(Thing)}
+        )
+        graph.invoke({})
+        locks = list(_locks._made)
+        assert len(locks) > 5
+        for lock in locks:
+            lock.acquire()  # like threads that are not there in the child
+        child = os.fork()
+        if child == 0:
+            graph.invoke({"answer": "b"})
+            graph.perf.stats()
+            os._exit(0)
+        for lock in locks:
+            lock.release()
+        assert os.waitpid(child, 0)[1] == 0
+        """
+    )
+
+
+@needs_fork
 def test_forking_while_threads_use_the_pool() -> None:
     """The child does not inherit a lock that nobody will ever release."""
     out = run(

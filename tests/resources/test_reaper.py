@@ -118,6 +118,41 @@ def test_a_lifetime_that_ends_before_the_idle_time(
     assert thing.closed
 
 
+def test_a_very_long_idle_time_is_no_trouble(maker: Maker) -> None:
+    """``max_idle=10**10``, meaning never, does not end the thread that others count on."""
+    forever = Shared(object, max_idle=10**10)
+    with forever.lease():
+        pass
+    assert _reaper.shared.running
+    other = Pool(maker.create, max_idle=0.01, close=maker.close)
+    use(other)
+    until(lambda: len(maker.closed) == 1)
+    forever.close()
+
+
+def test_a_collection_closes_nothing_under_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forgotten lease that is found while its pool is looked at is recovered after that."""
+    closed: list[bool] = []
+    pool = Pool(object, close=lambda _: closed.append(pool._core.lock._is_owned()))
+    snapshot = pool._core._snapshot
+
+    def collecting() -> Any:
+        gc.collect()
+        return snapshot()
+
+    lease = pool.lease()
+    cycle: list[Any] = [lease, lease.__enter__()]
+    cycle.append(cycle)
+    del lease, cycle
+    with monkeypatch.context() as patch:
+        patch.setattr(pool._core, "_snapshot", collecting)
+        with pytest.warns(ResourceWarning, match="never given back"):
+            pool.stats()
+    assert pool.stats().in_use == 0
+    pool.close()
+    assert closed == [False]
+
+
 def test_min_size_objects_that_get_too_old_are_replaced(
     watch: Watch, maker: Maker, clock: FakeTime
 ) -> None:
