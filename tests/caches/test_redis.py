@@ -40,6 +40,7 @@ from langgraph_perf.caches._redis_listener import Buffer, Report
 from langgraph_perf.caches.base import OWNED, Entry, Lookup, tag_id
 from langgraph_perf.testing import KEY, entry
 from tests.redis_server import Proxy, Server, free_port, new_prefix
+from tests.test_single_flight import until
 
 DOCS = tag_id("docs")
 
@@ -1007,6 +1008,38 @@ def test_a_cut_view_serves_nothing(redis_server: Server, proxy: Proxy, prefix: s
                 tier._away_until = 0.0
         known(tiers, Lookup(KEY))
         assert tiers.read([Lookup(KEY)])[0].payload == b"new"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("how", ["hangs", "breaks"])
+def test_a_new_connection_brings_no_old_tokens_back(
+    redis_server: Server, proxy: Proxy, prefix: str, how: str
+) -> None:
+    """What changed while the listener's connection was lost is not served after it has another one,
+    although nobody has asked for its tags since."""
+    quick = RedisCache(proxy.url, prefix=prefix, timeout=0.3)
+    other_key = (KEY[0], "other")
+    with (
+        TieredCache(MemoryCache(), quick) as tiers,
+        RedisCache(redis_server.url, prefix=prefix) as other,
+    ):
+        store(tiers)
+        tiers.write(other_key, entry(b"other"))
+        known(tiers, Lookup(KEY), Lookup(other_key))
+        proxy.deaf = True
+        if how == "breaks":
+            proxy.reset()
+        other.invalidate("docs")
+        proxy.deaf = False
+        proxy.reset()
+
+        def warm() -> bool:
+            for tier in tiers._tiers:
+                tier._away_until = 0.0
+            before = quick.round_trips
+            return tiers.read([Lookup(other_key)]) != [None] and quick.round_trips == before
+
+        until(warm)
+        assert tiers.read([Lookup(KEY)]) == [None]
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
