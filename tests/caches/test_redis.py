@@ -1153,6 +1153,34 @@ def test_who_waits_is_woken(
         assert waiting.result(10) - started < 1.0
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_who_waits_does_not_look_again(
+    cache: RedisCache,
+    redis_server: Server,
+    prefix: str,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pause lasts until there is word, and asks the server nothing after its first look."""
+    # however long a busy machine takes until the server tells
+    monkeypatch.setattr("langgraph_perf.caches.redis._POLL", 10.0)
+    lease = cache.acquire(KEY)
+    assert lease is not None
+    with RedisCache(redis_server.url, prefix=prefix) as other, ThreadPoolExecutor(1) as pool:
+        if mode == "sync":
+            waiting = pool.submit(other.pause, KEY, 20.0)
+        else:
+            waiting = pool.submit(lambda: asyncio.run(other.apause(KEY, 20.0)))
+        until(lambda: other.round_trips > 0 or waiting.done())
+        started = time.monotonic()
+        until(lambda: waiting.done() or time.monotonic() - started > 0.5)
+        assert not waiting.done()
+        assert other.round_trips == 1
+        cache.release(lease)
+        waiting.result(10)
+        assert other.round_trips == 1
+
+
 def subscribed(server: Server, prefix: str) -> None:
     """Wait until somebody waits for a lease."""
     deadline = time.monotonic() + 10
