@@ -18,12 +18,21 @@ from langgraph.graph import START
 from langgraph.types import Command, interrupt
 from typing_extensions import TypedDict
 
-from langgraph_perf import CachePolicy, DiskCache, MemoryCache, StateGraph, get_cache
+from langgraph_perf import (
+    CachePolicy,
+    DiskCache,
+    MemoryCache,
+    RedisCache,
+    StateGraph,
+    TieredCache,
+    get_cache,
+)
 from langgraph_perf._backend import Backend, owner_tag
 from langgraph_perf._owner import thread_namespace
 from langgraph_perf.caches.base import Cache, Lookup
 from langgraph_perf.errors import CacheClosed, ConfigurationError
 from langgraph_perf.testing import Clock
+from tests.redis_server import Server, new_prefix
 
 
 class State(TypedDict, total=False):
@@ -269,6 +278,63 @@ async def test_an_awaited_run_that_ends_after_its_thread_leaves_nothing(cache: C
     assert entered.is_set()
 
 
+@pytest.mark.parametrize("tiers", [False, True], ids=["alone", "tiers"])
+@pytest.mark.parametrize("awaited", [False, True], ids=["sync", "async"])
+def test_a_late_run_leaves_nothing_on_redis(
+    redis_server: Server, awaited: bool, tiers: bool
+) -> None:
+    """Of a run that ends after its thread was deleted no entry, index, lease or token stays there,
+    be they served or not."""
+    prefix = new_prefix()
+    cache: Cache = RedisCache(redis_server.url, prefix=prefix)
+    if tiers:
+        cache = TieredCache(MemoryCache(), cache)
+    entered, deleted = threading.Event(), threading.Event()
+
+    def slow(state: State) -> State:
+        entered.set()
+        assert deleted.wait(30)
+        return {"answer": "late"}
+
+    async def aslow(state: State) -> State:
+        return await asyncio.to_thread(slow, state)
+
+    graph = build(aslow if awaited else slow, cache)
+
+    def ask(thread: str) -> Any:
+        config = {"configurable": {"thread_id": thread}}
+        if awaited:
+            return asyncio.run(graph.ainvoke({"query": "q"}, config))
+        return graph.invoke({"query": "q"}, config)
+
+    def delete(thread: str) -> None:
+        if awaited:
+            asyncio.run(graph.checkpointer.adelete_thread(thread))
+        else:
+            graph.checkpointer.delete_thread(thread)
+
+    def names() -> set[bytes]:
+        with redis_server.client() as client:
+            found = set(client.scan_iter(match=f"{prefix}:*"))
+        return found - {f"{prefix}:1:viewers".encode()}  # those come and go
+
+    with cache, ThreadPoolExecutor(1) as pool:
+        deleted.set()
+        ask("earlier")
+        delete("earlier")
+        before = names()  # what is of the node, and of no thread
+        assert len(before) <= 1
+        entered.clear()
+        deleted.clear()
+        late = pool.submit(ask, "t")
+        assert entered.wait(30)
+        assert names() > before
+        delete("t")
+        deleted.set()
+        assert late.result(30)["answer"] == "late"
+        assert names() == before
+
+
 _OTHER = """
 import sys
 from langgraph.checkpoint.sqlite import SqliteSaver
@@ -287,8 +353,6 @@ def test_a_thread_deleted_by_another_process(tmp_path: Path) -> None:
         DiskCache(tmp_path / "cache") as disk,
         SqliteSaver.from_conn_string(str(tmp_path / "db")) as saver,
     ):
-        from langgraph_perf import TieredCache
-
         graph = build(node, TieredCache(MemoryCache(), disk), saver=saver)
         run(graph, "t")
         run(graph, "t")
