@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from langchain_core.runnables import RunnableConfig
@@ -33,6 +34,8 @@ from langgraph_perf.caches.base import Cache, Lookup
 from langgraph_perf.errors import CacheClosed, ConfigurationError
 from langgraph_perf.testing import Clock
 from tests.redis_server import Server, new_prefix
+
+from .savers import drivers, savers
 
 
 class State(TypedDict, total=False):
@@ -149,6 +152,54 @@ def test_what_a_thread_owns_goes_with_it(cache: Cache, how: str, awaited: bool) 
     for thread in ("stays", "gone"):
         run(graph, thread)
     assert len(ran) == 3
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("kind", "call"), [("sqlite", "delete"), ("postgres", "delete"), ("postgres", "prune")]
+)
+def test_real_savers_take_what_their_threads_own(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, call: str, how: str
+) -> None:
+    """The checkpoints and the results of the thread are gone, those of another thread are not, nor
+    what is everybody's."""
+    node, ran = counted()
+    # the database is there for other tests too
+    gone, stays = uuid4().hex, uuid4().hex
+    with (
+        DiskCache(tmp_path / "cache") as disk,
+        drivers(how) as driver,
+        savers(kind, driver, request) as make,
+    ):
+        builder = StateGraph(State)
+        builder.add_node("owned", node, cache_policy=POLICY)
+        builder.add_node("shared", node, cache_policy=CachePolicy(version="1", key=["query"]))
+        builder.add_edge(START, "owned").add_edge("owned", "shared")
+        graph = builder.compile(checkpointer=make(), cache=disk)
+
+        def ask(thread: str) -> None:
+            config = {"configurable": {"thread_id": thread}}
+            assert driver.call(graph, "invoke", {"query": "q"}, config)["answer"] == "Q"
+
+        def checkpoints(thread: str) -> int:
+            config = {"configurable": {"thread_id": thread}}
+            return len(driver.listed(graph.checkpointer, "list", config))
+
+        for thread in (gone, stays):
+            ask(thread)
+        assert (disk.stats().entries, len(ran)) == (3, 3)
+        kept = checkpoints(stays)
+        if call == "delete":
+            driver.call(graph.checkpointer, "delete_thread", gone)
+        else:
+            driver.call(graph.checkpointer, "prune", [gone], strategy="delete")
+        assert (checkpoints(gone), checkpoints(stays)) == (0, kept)
+        assert disk.stats().entries == 2
+        assert (left(disk, gone), left(disk, stays)) == (0, 1)
+        ask(stays)
+        assert len(ran) == 3
+        ask(gone)
+        assert len(ran) == 4
 
 
 def test_pruning_to_the_latest_keeps_what_a_living_thread_owns(cache: Cache) -> None:
