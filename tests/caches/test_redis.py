@@ -709,6 +709,23 @@ def test_neighbours_are_left_alone(cache: RedisCache, redis_server: Server, pref
         assert left == {name.encode() for name in others if name.startswith(f"{prefix}:")}
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_clearing_does_not_block_the_server(own_server: Server, mode: str) -> None:
+    """``KEYS`` would keep everybody waiting for as long as it takes to walk over all keys."""
+    owned = (OWNED, "thread", "1")
+    with RedisCache(own_server.url) as cache, own_server.client() as client:
+        for namespaces in (None, [KEY[0]], [owned], [KEY[0], owned]):
+            for key in (KEY, (owned, "k")):
+                assert cache.write(key, entry())
+            cache.clear(namespaces) if mode == "sync" else asyncio.run(cache.aclear(namespaces))
+            left = cache.read([Lookup(key) for key in (KEY, (owned, "k"))])
+            cleared = namespaces or [KEY[0], owned]
+            assert [e is None for e in left] == [KEY[0] in cleared, owned in cleared]
+        commands = client.info("commandstats")
+    assert "cmdstat_scan" in commands
+    assert "cmdstat_keys" not in commands
+
+
 @pytest.mark.parametrize("kind", ["string", "short", "list", "similar", "later version"])
 def test_what_is_not_ours_is_neither_served_nor_overwritten(
     cache: RedisCache, redis_server: Server, kind: str
