@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -70,6 +71,13 @@ def server() -> Iterator[str]:
     if os.environ.get("REDIS_URL"):
         yield os.environ["REDIS_URL"]
         return
+    with private_server() as (url, _):
+        yield url
+
+
+@contextmanager
+def private_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The URL of a server that may be harmed, and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -87,7 +95,7 @@ def server() -> Iterator[str]:
                     if time.monotonic() > deadline:
                         raise RuntimeError("the Redis server does not start")
                     time.sleep(0.01)
-                yield url
+                yield url, process
             finally:
                 process.terminate()
 
@@ -491,27 +499,49 @@ def _cold_key(effort: Effort, how: str, target: float | None) -> Iterator[Result
 
 
 def away(effort: Effort) -> Iterator[Result]:
-    """A server that is not there any more: what a run costs once that is known."""
-    with server() as url:
-        cache = RedisCache(url, prefix=token_hex(4))
+    """A server that is not there any more, or that hangs: what a run costs once that is known."""
+    for how in ("away", "hung"):
+        for awaited in (False, True):
+            yield _away(effort, how, awaited, False)
+            yield _away(effort, how, awaited, True)
+
+
+def _away(effort: Effort, how: str, awaited: bool, in_tiers: bool) -> Result:
+    numbers = iter(range(10**9))
+
+    def ask(graph: Any) -> Any:
+        # no hits: the first tier would answer them
+        question = {**QUESTION, "question": f"What is number {next(numbers)}?"}
+        return graph.ainvoke(question) if awaited else graph.invoke(question)
+
+    with private_server() as (url, process), event_loop() as loop:
+        cache = (tiers if in_tiers else RedisCache)(url, prefix=token_hex(4))
         ours = one_node(True, Question, plain_answer, cache=cache)
-        ours.invoke(QUESTION)
-    theirs = one_node(True, Question, plain_answer)
-    with cache:
-        for _ in range(10):
-            ours.invoke(QUESTION)
-        times = compare(
-            each(lambda: ours.invoke(QUESTION)),
-            each(lambda: theirs.invoke(QUESTION)),
-            Effort(effort.at_most(31)),
+        theirs = one_node(True, Question, plain_answer)
+        mine, others = (
+            each_awaited(loop, lambda g=graph: ask(g)) if awaited else each(lambda g=graph: ask(g))  # type: ignore[misc]
+            for graph in (ours, theirs)
         )
-    yield result(
-        "one node, Redis away",
+        mine(3)
+        if how == "away":
+            process.kill()
+            process.wait()
+        else:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            mine(10)
+            times = compare(mine, others, Effort(effort.at_most(31)))
+        finally:
+            process.send_signal(signal.SIGCONT)
+            loop.run_until_complete(cache.aclose())
+    return result(
+        f"one node{', ainvoke' if awaited else ''}, {'tiers, ' if in_tiers else ''}Redis {how}",
         "no cache",
         times,
         target=1,
         measured=1000 * median([a - b for a, b in zip(times.ours, times.theirs, strict=True)]),
         measure="ms added",
+        note="now and then one run looks whether it is back",
     )
 
 
