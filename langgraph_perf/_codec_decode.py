@@ -7,12 +7,13 @@ import struct
 from typing import Any
 
 from langchain_core.messages import BaseMessage
-from ormsgpack import packb, unpackb
+from ormsgpack import packb
 
 from langgraph_perf import _codec_numpy, _codec_objects, _codec_values
 from langgraph_perf._codec_allowlist import Allowlist, resolve
 from langgraph_perf._codec_classes import Plan, plan_of
 from langgraph_perf._codec_format import FORMAT, HEAD, MAX_DEPTH, DecodeError, Tag, damaged
+from langgraph_perf._msgpack import unpackb
 
 _RAW_READERS = {**_codec_values.RAW_READERS, **_codec_numpy.RAW_READERS}
 _READERS = {**_codec_values.READERS, **_codec_numpy.READERS}

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ormsgpack import packb, unpackb
+from ormsgpack import packb
 
 from langgraph_perf._codec_format import ITEMS, RAW, DecodeError, EncodeError, Parts, Tag, damaged
+from langgraph_perf._msgpack import unpackb
 
 
 def numpy_writer(cls: type) -> Callable[[Any], Parts] | None:

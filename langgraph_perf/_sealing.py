@@ -9,6 +9,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
+from langgraph_perf._msgpack import unpackb
 from langgraph_perf.caches.base import Cache
 from langgraph_perf.codec import DecodeError, EncodeError
 
@@ -53,11 +54,11 @@ class Seal:
             DecodeError: ``sealed`` is nothing that this serde made for this key.
         """
         try:
-            kind, body = ormsgpack.unpackb(sealed)
+            kind, body = unpackb(sealed)
             if isinstance(self.serde, EncryptedSerializer) and "+" not in kind:
                 # it would pass plaintext through, which anybody could have put there
                 raise ValueError("not encrypted")
-            written, payload = ormsgpack.unpackb(self.serde.loads_typed((kind, body)))
+            written, payload = unpackb(self.serde.loads_typed((kind, body)))
             if written != name or type(payload) is not bytes:
                 raise ValueError("sealed for another key")
         except Exception as exc:

@@ -251,6 +251,17 @@ class CacheConformance:
         clock.advance(self.tolerance)
         assert cache.one() is None
 
+    def test_stale_entries_are_served(self, cache: Subject, clock: Clock) -> None:
+        """``grace`` is part of the time until the expiry, not of what comes after it: an entry is
+        served to its end, and tells its grace."""
+        for key in (KEY, (OWNERS[0], "k")):
+            stored = entry(expires=clock() + 10, grace=8.0)
+            cache.write(key, stored)
+            clock.advance(10 - self.tolerance)
+            assert cache.one(key) == stored
+            clock.advance(self.tolerance)
+            assert cache.one(key) is None
+
     def test_never_expires_without_expiry(self, cache: Subject, clock: Clock) -> None:
         """``expires=None`` means for ever, or what is as good."""
         cache.write(KEY, entry())

@@ -43,14 +43,14 @@ def free_port() -> int:
 class Server:
     """A private server, or the one that ``REDIS_URL`` names."""
 
-    def __init__(self, url: str = "", options: tuple[str, ...] = ()) -> None:
+    def __init__(self, url: str = "", options: tuple[str, ...] = (), port: int = 0) -> None:
         self.port = urlsplit(url).port or 6379
         self.directory = tempfile.mkdtemp(prefix="redis-")
         self._arguments: tuple[str, ...] = (*_OPTIONS, "--dir", self.directory, *options)
         self._process: subprocess.Popen[bytes] | None = None
         self.url = url
         if not url:
-            self.port = free_port()
+            self.port = port or free_port()
             self.url = f"redis://127.0.0.1:{self.port}/0"
             self.start()
 
@@ -149,23 +149,30 @@ def own_server() -> Iterator[Server]:
         yield server
 
 
+def _port_for_two() -> int:
+    """A free port of which the one by 10000 higher is free too: there a node talks to the others,
+    and older servers take no other one for it."""
+    while True:
+        port = free_port()
+        with suppress(OSError, OverflowError), socket.socket() as sock:
+            sock.bind(("127.0.0.1", port + 10_000))
+            return port
+
+
 @contextmanager
 def cluster() -> Iterator[redis.RedisCluster]:
     """A client of a private cluster of three nodes."""
     with ExitStack() as stack:
+        options = ("--cluster-enabled", "yes")
         nodes = [
-            stack.enter_context(
-                Server(options=("--cluster-enabled", "yes", "--cluster-port", str(free_port())))
-            )
-            for _ in range(3)
+            stack.enter_context(Server(options=options, port=_port_for_two())) for _ in range(3)
         ]
         clients = [stack.enter_context(node.client()) for node in nodes]
         borders = [0, 5461, 10923, 16384]
         for client, start, end in zip(clients, borders, borders[1:], strict=False):
-            client.execute_command("CLUSTER ADDSLOTSRANGE", start, end - 1)
+            client.execute_command("CLUSTER ADDSLOTS", *range(start, end))
         for client in clients[1:]:
-            bus = nodes[0]._arguments[nodes[0]._arguments.index("--cluster-port") + 1]
-            client.execute_command("CLUSTER MEET", "127.0.0.1", nodes[0].port, bus)
+            client.execute_command("CLUSTER MEET", "127.0.0.1", nodes[0].port)
         deadline = time.monotonic() + 30
         while any(
             b"cluster_state:ok" not in info or b"cluster_known_nodes:3" not in info

@@ -42,6 +42,7 @@ from typing_extensions import NotRequired, TypedDict
 from langgraph_perf import _codec_decode, _codec_encode, _codec_values
 from langgraph_perf._codec_encode import Encoder, Walker
 from langgraph_perf._codec_format import FORMAT, Tag
+from langgraph_perf._msgpack import checked_unpackb, require_honest
 from langgraph_perf.codec import Allowlist, DecodeError, EncodeError, decode, encode, types_in
 
 T = TypeVar("T")
@@ -1556,3 +1557,30 @@ def test_long_texts_and_bytes_keep_to_their_length(letter, size):
     if isinstance(value, str):
         with pytest.raises(DecodeError):
             decode(payload[:-1] + b"\xff")
+
+
+def test_headers_that_claim_too_much_are_seen() -> None:
+    """What older releases of ormsgpack crash on is refused before they see it; nothing else is."""
+    forged = bytes.fromhex("9201ddf853360001010193")
+    with pytest.raises(ValueError, match="claims more"):
+        require_honest(forged)
+    with pytest.raises(DecodeError):
+        decode(forged)
+
+
+_json = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text()
+    | st.binary(),
+    lambda inner: st.lists(inner, max_size=40) | st.dictionaries(st.text(), inner, max_size=40),
+)
+
+
+@given(_json)
+def test_honest_headers_are_read(value: Any) -> None:
+    """Whatever msgpack can say is understood."""
+    raw = ormsgpack.packb([value, "\u07dd" * 40])
+    assert ormsgpack.packb(checked_unpackb(raw)) == raw

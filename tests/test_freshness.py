@@ -32,6 +32,7 @@ from langgraph_perf import (
     ConfigurationError,
     DiskCache,
     MemoryCache,
+    RedisCache,
     Shared,
     StateGraph,
     TieredCache,
@@ -41,6 +42,7 @@ from langgraph_perf._backend import Backend
 from langgraph_perf.caches.base import Cache
 from langgraph_perf.testing import Clock
 
+from .redis_server import Server, new_prefix
 from .test_single_flight import auntil, until
 
 
@@ -100,17 +102,30 @@ def idle(graph: Any) -> bool:
     return not graph.perf.refreshes._running
 
 
-@pytest.fixture(params=["memory", "disk", "tiered"])
+def on_redis(server: Server, clock: Clock) -> RedisCache:
+    """A cache there; ``clock`` takes the server's own time along."""
+    prefix, advance = new_prefix(), clock.advance
+
+    def advance_both(seconds: float) -> None:
+        advance(seconds)
+        server.age(prefix, seconds)
+
+    clock.advance = advance_both  # type: ignore[method-assign]
+    return RedisCache(server.url, prefix=prefix, clock=clock)
+
+
+@pytest.fixture(params=["memory", "disk", "tiered", "redis", "tiers"])
 def timed(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[Cache]:
     """Caches whose time the test sets; nothing may be left in flight in the end."""
     made: Cache
     if request.param == "memory":
         made = MemoryCache(clock=clock)
-    elif request.param == "disk":
+    elif request.param in ("disk", "tiered"):
         made = DiskCache(tmp_path / "cache", clock=clock)
     else:
-        first, last = MemoryCache(clock=clock), DiskCache(tmp_path / "cache", clock=clock)
-        made = TieredCache(first, last)
+        made = on_redis(request.getfixturevalue("redis_server"), clock)
+    if request.param in ("tiered", "tiers"):
+        made = TieredCache(MemoryCache(clock=clock), made)
     with made:
         yield made
         assert len(Backend.of(made).flights) == 0
@@ -763,6 +778,7 @@ def test_a_loop_that_has_stopped_keeps_nobody_waiting(
     loop.run_until_complete(ask())
     tasks = asyncio.all_tasks(loop)
     if closed:
+        loop.run_until_complete(loop.shutdown_asyncgens())  # a connection of its own, say
         loop.close()
     node.gate.set()
     clock.advance(61)
@@ -780,6 +796,7 @@ def test_a_loop_that_has_stopped_keeps_nobody_waiting(
         for task in tasks:
             task.cancel()
         loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
     else:
         for task in tasks:

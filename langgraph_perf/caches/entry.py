@@ -26,6 +26,8 @@ from langgraph.cache.base import FullKey, Namespace
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 
+from langgraph_perf._msgpack import unpackb
+
 
 class Entry(NamedTuple):
     """One stored result.
@@ -237,7 +239,7 @@ def unseal(
     # the checksum keeps accidents out, not somebody who computes it too: trust no shape
     # (adding 0 refuses what is not a number)
     try:
-        fields = ormsgpack.unpackb(meta)
+        fields = unpackb(meta)
         if serde is not None:
             fields, body = _unlock(digest, fields, body, serde)
         created, expires, seconds, tokens, deps, grace = fields
@@ -267,7 +269,7 @@ def _unlock(
     start = _LENGTH.size + len(digest)
     if plain[_LENGTH.size : start] != digest:
         raise DamagedEntry("encrypted for another key")
-    return ormsgpack.unpackb(plain[start : start + size]), plain[start + size :]
+    return unpackb(plain[start : start + size]), plain[start + size :]
 
 
 def pack(key: FullKey, entry: Entry, serde: SerializerProtocol | None = None) -> bytes:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
-from langgraph_perf import MemoryCache, RedisCache, _heartbeat
+import pytest
+from langgraph.graph import START
+from typing_extensions import TypedDict
+
+from langgraph_perf import (
+    CachePolicy,
+    DiskCache,
+    MemoryCache,
+    RedisCache,
+    StateGraph,
+    _heartbeat,
+)
 from langgraph_perf.caches.base import Cache, Lease
 from tests.redis_server import Server, new_prefix
+from tests.test_single_flight import auntil, until
 
 
 def some_lease(name: str) -> Lease:
@@ -95,3 +112,58 @@ def test_many_leases_are_renewed_together(redis_server: Server) -> None:
         assert sizes[:3] == [200] * 3
         assert trips <= 5
         assert cache.acquire((("n",), "7")) is None
+
+
+class State(TypedDict, total=False):
+    query: str
+    answer: str
+
+
+@pytest.fixture(params=["disk", "redis"])
+def both(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """Two caches in one place, as two processes have them, whose leases are over in a second."""
+    made: list[Cache]
+    if request.param == "disk":
+        made = [DiskCache(tmp_path / "cache", lease_seconds=1.0) for _ in range(2)]
+    else:
+        url, prefix = request.getfixturevalue("redis_server").url, new_prefix()
+        made = [RedisCache(url, prefix=prefix, lease_seconds=1.0) for _ in range(2)]
+    with ExitStack() as stack:
+        yield [stack.enter_context(cache) for cache in made]
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_node_may_run_for_longer_than_its_lease(both: list[Cache], mode: str) -> None:
+    """While it runs nobody else does, and its late result is stored and answers who waited."""
+    begun: list[float] = []
+    end = threading.Event()
+
+    def node(state: State) -> State:
+        begun.append(time.monotonic())
+        assert end.wait(30)
+        return {"answer": "done"}
+
+    async def anode(state: State) -> State:
+        begun.append(time.monotonic())
+        await auntil(end.is_set, 30)
+        return {"answer": "done"}
+
+    def ask(cache: Cache) -> Any:
+        builder: Any = StateGraph(State)
+        policy = CachePolicy(version=1)
+        builder.add_node("node", node if mode == "sync" else anode, cache_policy=policy)
+        graph = builder.add_edge(START, "node").compile(cache=cache)
+        query = {"query": "q"}
+        return graph.invoke(query) if mode == "sync" else asyncio.run(graph.ainvoke(query))
+
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            leader = pool.submit(ask, both[0])
+            until(lambda: len(begun) == 1)
+            follower = pool.submit(ask, both[1])
+            # two lives of a lease, and a look at one that nobody renews is due every second
+            until(lambda: len(begun) > 1 or time.monotonic() - begun[0] > 2.5)
+        finally:
+            end.set()
+        assert leader.result(30)["answer"] == follower.result(30)["answer"] == "done"
+    assert len(begun) == 1

@@ -41,6 +41,7 @@ from langgraph_perf.caches.base import OWNED, Entry, Lookup, tag_id
 from langgraph_perf.testing import KEY, entry
 from tests.redis_server import Proxy, Server, free_port, new_prefix
 from tests.servers import ask_again
+from tests.test_single_flight import until
 
 DOCS = tag_id("docs")
 
@@ -709,6 +710,23 @@ def test_neighbours_are_left_alone(cache: RedisCache, redis_server: Server, pref
         assert left == {name.encode() for name in others if name.startswith(f"{prefix}:")}
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_clearing_does_not_block_the_server(own_server: Server, mode: str) -> None:
+    """``KEYS`` would keep everybody waiting for as long as it takes to walk over all keys."""
+    owned = (OWNED, "thread", "1")
+    with RedisCache(own_server.url) as cache, own_server.client() as client:
+        for namespaces in (None, [KEY[0]], [owned], [KEY[0], owned]):
+            for key in (KEY, (owned, "k")):
+                assert cache.write(key, entry())
+            cache.clear(namespaces) if mode == "sync" else asyncio.run(cache.aclear(namespaces))
+            left = cache.read([Lookup(key) for key in (KEY, (owned, "k"))])
+            cleared = namespaces or [KEY[0], owned]
+            assert [e is None for e in left] == [KEY[0] in cleared, owned in cleared]
+        commands = client.info("commandstats")
+    assert "cmdstat_scan" in commands
+    assert "cmdstat_keys" not in commands
+
+
 @pytest.mark.parametrize("kind", ["string", "short", "list", "similar", "later version"])
 def test_what_is_not_ours_is_neither_served_nor_overwritten(
     cache: RedisCache, redis_server: Server, kind: str
@@ -975,8 +993,11 @@ def test_a_token_from_after_a_read_is_not_taken(cache: RedisCache, tiers: Tiered
     assert tiers.read([Lookup(KEY)]) == [None]
 
 
-def test_own_invalidations_count_at_once(tiers: TieredCache) -> None:
+def test_own_invalidations_count_at_once(tiers: TieredCache, redis_server: Server) -> None:
     """Alone with the server, an invalidation need not wait, and counts from its return."""
+    with redis_server.client() as client:
+        # one that is younger may have forgotten views in a crash
+        until(lambda: client.info("server")["uptime_in_seconds"] > 1)
     for turn in range(20):
         store(tiers, str(turn).encode())
         known(tiers, Lookup(KEY))
@@ -1008,6 +1029,38 @@ def test_a_cut_view_serves_nothing(redis_server: Server, proxy: Proxy, prefix: s
                 ask_again(tier)
         known(tiers, Lookup(KEY))
         assert tiers.read([Lookup(KEY)])[0].payload == b"new"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("how", ["hangs", "breaks"])
+def test_a_new_connection_brings_no_old_tokens_back(
+    redis_server: Server, proxy: Proxy, prefix: str, how: str
+) -> None:
+    """What changed while the listener's connection was lost is not served after it has another one,
+    although nobody has asked for its tags since."""
+    quick = RedisCache(proxy.url, prefix=prefix, timeout=0.3)
+    other_key = (KEY[0], "other")
+    with (
+        TieredCache(MemoryCache(), quick) as tiers,
+        RedisCache(redis_server.url, prefix=prefix) as other,
+    ):
+        store(tiers)
+        tiers.write(other_key, entry(b"other"))
+        known(tiers, Lookup(KEY), Lookup(other_key))
+        proxy.deaf = True
+        if how == "breaks":
+            proxy.reset()
+        other.invalidate("docs")
+        proxy.deaf = False
+        proxy.reset()
+
+        def warm() -> bool:
+            for tier in tiers._tiers:
+                tier._away_until = 0.0
+            before = quick.round_trips
+            return tiers.read([Lookup(other_key)]) != [None] and quick.round_trips == before
+
+        until(warm)
+        assert tiers.read([Lookup(KEY)]) == [None]
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
@@ -1119,6 +1172,34 @@ def test_who_waits_is_woken(
         elif how == "release":
             cache.release(lease)
         assert waiting.result(10) - started < 1.0
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_who_waits_does_not_look_again(
+    cache: RedisCache,
+    redis_server: Server,
+    prefix: str,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pause lasts until there is word, and asks the server nothing after its first look."""
+    # however long a busy machine takes until the server tells
+    monkeypatch.setattr("langgraph_perf.caches.redis._POLL", 10.0)
+    lease = cache.acquire(KEY)
+    assert lease is not None
+    with RedisCache(redis_server.url, prefix=prefix) as other, ThreadPoolExecutor(1) as pool:
+        if mode == "sync":
+            waiting = pool.submit(other.pause, KEY, 20.0)
+        else:
+            waiting = pool.submit(lambda: asyncio.run(other.apause(KEY, 20.0)))
+        until(lambda: other.round_trips > 0 or waiting.done())
+        started = time.monotonic()
+        until(lambda: waiting.done() or time.monotonic() - started > 0.5)
+        assert not waiting.done()
+        assert other.round_trips == 1
+        cache.release(lease)
+        waiting.result(10)
+        assert other.round_trips == 1
 
 
 def subscribed(server: Server, prefix: str) -> None:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from langgraph_perf.caches.base import Cache
 from langgraph_perf.testing import Clock
 from tests.redis_server import Proxy, Server, free_port, new_prefix
 from tests.servers import ask_again
+from tests.test_single_flight import until
 
 TIMEOUT = 0.2
 
@@ -205,6 +206,44 @@ def recovers(cache: Cache, graph: Any, runs: list[str], mode: str) -> None:
         run(graph, [query, query], mode)
         if runs.count(query) == 1:
             return
+
+
+@pytest.mark.parametrize(
+    ("fault", "mode", "tiers"),
+    [
+        (stopped, "sync", False),
+        (stopped, "async", True),
+        (hung, "async", False),
+        (hung, "sync", True),
+        (full, "sync", False),
+        (read_only, "async", True),
+    ],
+)
+def test_it_recovers_by_itself(fault: Fault, mode: str, tiers: bool, victim: Server) -> None:
+    """Nobody has to do anything: soon after an outage results are stored and served again."""
+    cache: Cache = RedisCache(
+        victim.url, prefix=new_prefix(), timeout=TIMEOUT, connect_timeout=TIMEOUT
+    )
+    if tiers:
+        cache = TieredCache(MemoryCache(), cache)
+    proxy = Proxy(victim.port)
+    with cache, closing(proxy):
+        graph, runs = build(cache)
+        with fault(victim, proxy):
+            run(graph, [str(i) for i in range(10)], mode)
+            assert sum(graph.perf.stats().failures.values()) + cache.stats().errors > 0
+        queries = iter(range(10**9))
+
+        def hits_again() -> bool:
+            query = f"after {next(queries)}"
+            run(graph, [query, query], mode)
+            if tiers:
+                # what the first tier answers tells nothing of the server
+                return cache.tiers[-1].stats().writes > 0  # type: ignore[attr-defined]
+            return runs.count(query) == 1
+
+        # five seconds are promised, and the machine may be busy
+        until(hits_again, 10)
 
 
 def test_a_server_that_is_away_costs_little_once_that_is_known() -> None:

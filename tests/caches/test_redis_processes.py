@@ -10,16 +10,18 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
+import redis
 from langgraph.graph import START
 from typing_extensions import TypedDict
 
 from langgraph_perf import CachePolicy, MemoryCache, RedisCache, StateGraph, TieredCache
 from langgraph_perf.caches.base import Cache, Entry, Lookup, tag_id
 from tests.redis_server import Proxy, Server, new_prefix
+from tests.test_single_flight import until
 
 from .test_processes import ask, child
 
@@ -272,6 +274,64 @@ def test_a_killed_leader_is_followed(redis_server: Server) -> None:
             assert graph.invoke({"query": "q"})["answer"] == "done"
             assert time.monotonic() - started < 5.0
             killed.join()
+
+
+def first_one_never_ends(pipe: Connection, url: str, prefix: str) -> None:
+    """Four threads and four tasks that ask for one cold key; the first run there is says so, and
+    goes on until it is killed."""
+    with (
+        open_cache(url, prefix, "redis", 2.0) as cache,
+        redis.Redis.from_url(url) as client,
+    ):
+
+        def node(state: State) -> State:
+            if client.incr(f"{prefix}:runs") == 1:
+                pipe.send("leads")
+                time.sleep(60)
+            return {"answer": "done"}
+
+        graph = build(cache, node)
+        pipe.send("ready")
+        pipe.recv()
+
+        async def follow_all() -> list[str]:
+            runs = [graph.ainvoke({"query": "q"}) for _ in range(4)]
+            return [found["answer"] for found in await asyncio.gather(*runs)]
+
+        with ThreadPoolExecutor(5) as pool:
+            tasks = pool.submit(asyncio.run, follow_all())
+            answers = list(pool.map(lambda _: graph.invoke({"query": "q"})["answer"], range(4)))
+            pipe.send(answers + tasks.result(30))
+
+
+def test_a_killed_leader_costs_one_more_run(redis_server: Server) -> None:
+    """However many threads and tasks of other processes wait for a leader that is killed, one of
+    them runs, and the others get its result."""
+    prefix = new_prefix()
+    with contextlib.ExitStack() as stack, redis_server.client() as client:
+        children = [
+            stack.enter_context(child(first_one_never_ends, redis_server.url, prefix))
+            for _ in range(4)
+        ]
+        for _, pipe in children:
+            assert pipe.recv() == "ready"
+        for _, pipe in children:
+            pipe.send("go")
+        (leads,) = wait([pipe for _, pipe in children], 30)
+        assert leads.recv() == "leads"  # type: ignore[union-attr]
+        (leader,) = [process for process, pipe in children if pipe is leads]
+        others = [pipe for _, pipe in children if pipe is not leads]
+
+        def all_wait() -> bool:
+            channels = client.pubsub_channels(f"{prefix}:1:w:*")
+            return [count for _, count in client.pubsub_numsub(*channels)] == [len(others)]
+
+        until(all_wait)
+        leader.kill()
+        for pipe in others:
+            assert pipe.poll(30)
+            assert pipe.recv() == ["done"] * 8
+        assert client.get(f"{prefix}:runs") == b"2"
 
 
 def test_a_forked_child_has_connections_of_its_own(redis_server: Server) -> None:

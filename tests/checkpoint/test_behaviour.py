@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from langgraph.types import Command, RetryPolicy, Send, interrupt
 from typing_extensions import TypedDict
 
 from langgraph_perf import CachePolicy, MemoryCache, StateGraph
+from tests.test_single_flight import auntil
 
 from .histories import Driver, or_error, seen
 from .savers import Make, drivers, place, savers
@@ -110,12 +112,19 @@ class Side:
         return [seen(snapshot) for snapshot in self.snapshots(graph)]
 
 
+def asks(how: str) -> None:
+    """Called by tests in which nodes ask humans."""
+    if how == "async" and sys.version_info < (3, 11):
+        pytest.skip("LangGraph's interrupt() needs Python 3.11 in async runs; ours does not")
+
+
 class Place:
     """Where threads are kept."""
 
     def __init__(self, driver: Driver, make: Make) -> None:
         self.driver = driver
         self.make = make
+        self.how = "sync" if driver.loop is None else "async"
 
     def same(self, scenario: Callable[[Side], Any], *, times: int = 2) -> tuple[Counter[str], ...]:
         """Run ``scenario`` on both; gives which bodies ran, without and with the cache."""
@@ -174,6 +183,7 @@ def test_stops_before_and_after_nodes(kept: Place, when: str) -> None:
 
 def test_a_question(kept: Place) -> None:
     """A question stops the run each time it is asked, and its answer goes to who asked."""
+    asks(kept.how)
 
     def scenario(side: Side) -> Any:
         def asking(state: State) -> State:
@@ -196,6 +206,7 @@ def test_a_question(kept: Place) -> None:
 
 def test_several_questions(kept: Place) -> None:
     """Two questions of one node, in two such nodes at once, the last of them answered first."""
+    asks(kept.how)
 
     def scenario(side: Side) -> Any:
         builder = side.builder()
@@ -219,6 +230,7 @@ def test_several_questions(kept: Place) -> None:
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_humans_answer_answers_nobody_else(kept: Place, inside: bool) -> None:
     """One human says yes; on another thread with the same question the other one is asked."""
+    asks(kept.how)
 
     def scenario(side: Side) -> Any:
         def asking(state: State) -> State:
@@ -273,28 +285,48 @@ def test_a_checkpointer_that_fails(
     def scenario(side: Side) -> Any:
         graph = side.compile(side.chain("a", "b"))
         prefix = "" if side.driver.loop is None else "a"
+        # what runs in threads and tasks of their own: the writes of the input, and those of ``a``
+        written = {"input": threading.Event(), "a": threading.Event()}
+        before = ["input", "a"] if method == "put" else ["input"]
         failing = False
 
-        def check(called: str, args: Any) -> None:
+        def source(called: str, args: Any) -> str | None:
+            if called == "put":
+                return "a" if args[2]["step"] == 1 else None
+            return "a" if any(channel == "path" for channel, _ in args[1]) else "input"
+
+        def fails(called: str, args: Any) -> bool:
             """From when what ``a`` returned should be kept, nothing is."""
-            nonlocal failing
-            if called == method == "put":
-                failing = failing or args[2]["step"] == 1
-            elif called == method:
-                failing = failing or any(channel == "path" for channel, _ in args[1])
-            if failing:
-                raise OSError("no space left")
+            of_a = source(called, args) == "a"
+            return failing or (of_a and (method == "put_writes" or called == "put"))
 
         def broken(called: str) -> Any:
             real = getattr(side.saver, f"{prefix}{called}")
 
+            def fail() -> None:
+                nonlocal failing
+                failing = True
+                raise OSError("no space left")
+
+            def done(args: Any) -> None:
+                if called == "put_writes":
+                    written[source(called, args) or "input"].set()
+
             def sync(*args: Any, **kwargs: Any) -> Any:
-                check(called, args)
-                return real(*args, **kwargs)
+                if fails(called, args):
+                    assert all(written[name].wait(20) for name in before)
+                    fail()
+                result = real(*args, **kwargs)
+                done(args)
+                return result
 
             async def awaited(*args: Any, **kwargs: Any) -> Any:
-                check(called, args)
-                return await real(*args, **kwargs)
+                if fails(called, args):
+                    await auntil(lambda: all(written[name].is_set() for name in before))
+                    fail()
+                result = await real(*args, **kwargs)
+                done(args)
+                return result
 
             return awaited if prefix else sync
 
@@ -316,6 +348,7 @@ def test_another_process_goes_on(
     how: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """A thread that waits is resumed by another process; its history is that of a plain graph."""
+    asks(how)
     jobs = [_job(how, kind, tmp_path, request, cache) for cache in (False, True)]
     told = []
     for job in jobs:
@@ -331,6 +364,7 @@ def test_a_process_killed_before_the_checkpoint(
     how: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """What the killed process had computed is on disk: the next one does not compute it again."""
+    asks(how)
     told, ran = [], []
     for cache in (False, True):
         job = _job(how, kind, tmp_path, request, cache)
@@ -521,6 +555,7 @@ def test_two_branches_of_one_checkpoint(kept: Place) -> None:
 
 def test_the_state_of_a_subgraph_and_its_time_travel(kept: Place) -> None:
     """A subgraph that waits shows its state, takes edits and goes on from its own checkpoints."""
+    asks(kept.how)
 
     def scenario(side: Side) -> Any:
         def asking(state: State) -> State:

@@ -33,6 +33,7 @@ from .histories import (
     long_histories,
 )
 from .savers import Make, drivers, savers
+from .test_behaviour import asks
 
 pytestmark = pytest.mark.no_cover  # what it covers others do, in less time
 
@@ -78,6 +79,7 @@ def test_a_cache_goes_unnoticed(
     how: str, saver: str, cache: str, examples: int, request: pytest.FixtureRequest
 ) -> None:
     """The same results, errors, states and histories, with and without the cache."""
+    asks(how)
     happened: Counter[str] = Counter()
     tmp_path: Path = request.getfixturevalue("tmp_path")
 

@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from langchain_core.runnables import RunnableConfig
@@ -18,12 +19,23 @@ from langgraph.graph import START
 from langgraph.types import Command, interrupt
 from typing_extensions import TypedDict
 
-from langgraph_perf import CachePolicy, DiskCache, MemoryCache, StateGraph, get_cache
+from langgraph_perf import (
+    CachePolicy,
+    DiskCache,
+    MemoryCache,
+    RedisCache,
+    StateGraph,
+    TieredCache,
+    get_cache,
+)
 from langgraph_perf._backend import Backend, owner_tag
 from langgraph_perf._owner import thread_namespace
 from langgraph_perf.caches.base import Cache, Lookup
 from langgraph_perf.errors import CacheClosed, ConfigurationError
 from langgraph_perf.testing import Clock
+from tests.redis_server import Server, new_prefix
+
+from .savers import drivers, savers
 
 
 class State(TypedDict, total=False):
@@ -140,6 +152,54 @@ def test_what_a_thread_owns_goes_with_it(cache: Cache, how: str, awaited: bool) 
     for thread in ("stays", "gone"):
         run(graph, thread)
     assert len(ran) == 3
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("kind", "call"), [("sqlite", "delete"), ("postgres", "delete"), ("postgres", "prune")]
+)
+def test_real_savers_take_what_their_threads_own(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, call: str, how: str
+) -> None:
+    """The checkpoints and the results of the thread are gone, those of another thread are not, nor
+    what is everybody's."""
+    node, ran = counted()
+    # the database is there for other tests too
+    gone, stays = uuid4().hex, uuid4().hex
+    with (
+        DiskCache(tmp_path / "cache") as disk,
+        drivers(how) as driver,
+        savers(kind, driver, request) as make,
+    ):
+        builder = StateGraph(State)
+        builder.add_node("owned", node, cache_policy=POLICY)
+        builder.add_node("shared", node, cache_policy=CachePolicy(version="1", key=["query"]))
+        builder.add_edge(START, "owned").add_edge("owned", "shared")
+        graph = builder.compile(checkpointer=make(), cache=disk)
+
+        def ask(thread: str) -> None:
+            config = {"configurable": {"thread_id": thread}}
+            assert driver.call(graph, "invoke", {"query": "q"}, config)["answer"] == "Q"
+
+        def checkpoints(thread: str) -> int:
+            config = {"configurable": {"thread_id": thread}}
+            return len(driver.listed(graph.checkpointer, "list", config))
+
+        for thread in (gone, stays):
+            ask(thread)
+        assert (disk.stats().entries, len(ran)) == (3, 3)
+        kept = checkpoints(stays)
+        if call == "delete":
+            driver.call(graph.checkpointer, "delete_thread", gone)
+        else:
+            driver.call(graph.checkpointer, "prune", [gone], strategy="delete")
+        assert (checkpoints(gone), checkpoints(stays)) == (0, kept)
+        assert disk.stats().entries == 2
+        assert (left(disk, gone), left(disk, stays)) == (0, 1)
+        ask(stays)
+        assert len(ran) == 3
+        ask(gone)
+        assert len(ran) == 4
 
 
 def test_pruning_to_the_latest_keeps_what_a_living_thread_owns(cache: Cache) -> None:
@@ -269,6 +329,63 @@ async def test_an_awaited_run_that_ends_after_its_thread_leaves_nothing(cache: C
     assert entered.is_set()
 
 
+@pytest.mark.parametrize("tiers", [False, True], ids=["alone", "tiers"])
+@pytest.mark.parametrize("awaited", [False, True], ids=["sync", "async"])
+def test_a_late_run_leaves_nothing_on_redis(
+    redis_server: Server, awaited: bool, tiers: bool
+) -> None:
+    """Of a run that ends after its thread was deleted no entry, index, lease or token stays there,
+    be they served or not."""
+    prefix = new_prefix()
+    cache: Cache = RedisCache(redis_server.url, prefix=prefix)
+    if tiers:
+        cache = TieredCache(MemoryCache(), cache)
+    entered, deleted = threading.Event(), threading.Event()
+
+    def slow(state: State) -> State:
+        entered.set()
+        assert deleted.wait(30)
+        return {"answer": "late"}
+
+    async def aslow(state: State) -> State:
+        return await asyncio.to_thread(slow, state)
+
+    graph = build(aslow if awaited else slow, cache)
+
+    def ask(thread: str) -> Any:
+        config = {"configurable": {"thread_id": thread}}
+        if awaited:
+            return asyncio.run(graph.ainvoke({"query": "q"}, config))
+        return graph.invoke({"query": "q"}, config)
+
+    def delete(thread: str) -> None:
+        if awaited:
+            asyncio.run(graph.checkpointer.adelete_thread(thread))
+        else:
+            graph.checkpointer.delete_thread(thread)
+
+    def names() -> set[bytes]:
+        with redis_server.client() as client:
+            found = set(client.scan_iter(match=f"{prefix}:*"))
+        return found - {f"{prefix}:1:viewers".encode()}  # those come and go
+
+    with cache, ThreadPoolExecutor(1) as pool:
+        deleted.set()
+        ask("earlier")
+        delete("earlier")
+        before = names()  # what is of the node, and of no thread
+        assert len(before) <= 1
+        entered.clear()
+        deleted.clear()
+        late = pool.submit(ask, "t")
+        assert entered.wait(30)
+        assert names() > before
+        delete("t")
+        deleted.set()
+        assert late.result(30)["answer"] == "late"
+        assert names() == before
+
+
 _OTHER = """
 import sys
 from langgraph.checkpoint.sqlite import SqliteSaver
@@ -287,8 +404,6 @@ def test_a_thread_deleted_by_another_process(tmp_path: Path) -> None:
         DiskCache(tmp_path / "cache") as disk,
         SqliteSaver.from_conn_string(str(tmp_path / "db")) as saver,
     ):
-        from langgraph_perf import TieredCache
-
         graph = build(node, TieredCache(MemoryCache(), disk), saver=saver)
         run(graph, "t")
         run(graph, "t")
