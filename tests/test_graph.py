@@ -819,9 +819,17 @@ def test_send_inputs_are_keyed() -> None:
     assert runs_of(graph) == 2
 
 
-def test_node_defaults_apply() -> None:
-    """``set_node_defaults(cache_policy=)`` applies to nodes without a policy of their own."""
+async def test_node_defaults_apply() -> None:
+    """``set_node_defaults(cache_policy=)`` caches nodes without a policy of their own."""
     builder = StateGraph(State).set_node_defaults(cache_policy=CachePolicy(ttl=60))
-    builder.add_node("a", plain).add_node("b", plain, cache_policy=CachePolicy(ttl=5))
+    own, default = Counting(), Counting()
+    builder.add_node("a", default)
+    builder.add_node("b", own, cache_policy=CachePolicy(ttl=5, key=["query"]))
     graph = builder.add_edge(START, "a").add_edge("a", "b").compile(cache=MemoryCache())
     assert {name: spec.policy.ttl for name, spec in graph.perf.specs.items()} == {"a": 60, "b": 5}
+    for _ in range(2):
+        assert graph.invoke({"query": "q"})["answer"] == "q"
+        assert (await graph.ainvoke({"query": "q"}))["answer"] == "q"
+    stats = graph.perf.stats().nodes
+    assert (default.runs, stats["a"].runs, stats["a"].hits) == (1, 1, 3)
+    assert (own.runs, stats["b"].runs, stats["b"].hits) == (1, 1, 3)
