@@ -7,6 +7,7 @@ import operator
 import uuid
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -26,7 +27,14 @@ from langgraph.types import Command, RetryPolicy, Send, interrupt
 from pydantic import BaseModel
 from typing_extensions import TypedDict
 
-from langgraph_perf import CacheMiss, CachePolicy, ConfigurationError, MemoryCache, StateGraph
+from langgraph_perf import (
+    CacheMiss,
+    CachePolicy,
+    ConfigurationError,
+    DiskCache,
+    MemoryCache,
+    StateGraph,
+)
 from langgraph_perf.caches.base import Cache
 from tests.conftest import Clock
 
@@ -600,6 +608,31 @@ async def test_foreign_caches_serve_as_plain_stores(asynchronous: bool) -> None:
         assert result["answer"] == (1, {2})
         assert runs_of(graph) == expected
         assert graph.cache is foreign
+
+
+async def test_a_wide_fan_out_reads_in_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks that look into a file at the same time are answered together."""
+    builder = StateGraph(State)
+    builder.add_node(
+        "node", lambda state: {"path": [state["query"]]}, cache_policy=CachePolicy(version=1)
+    )
+    queries = [str(i) for i in range(256)]
+    builder.add_conditional_edges(
+        START, lambda state: [Send("node", {"query": query}) for query in queries], ["node"]
+    )
+    with DiskCache(tmp_path / "cache") as cache:
+        graph = builder.compile(cache=cache)
+        await graph.ainvoke({"path": []})
+        reads: list[int] = []
+        read = cache.read
+        monkeypatch.setattr(cache, "read", lambda some: reads.append(len(some)) or read(some))
+        assert (await graph.ainvoke({"path": []}))["path"] == queries
+        stats = graph.perf.stats().nodes["node"]
+    assert (stats.runs, stats.hits) == (256, 256)
+    assert sum(reads) == 256
+    assert len(reads) <= 16
 
 
 def test_subgraphs_inherit_cache_control_and_statistics() -> None:
