@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import pytest
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
-from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langchain_core.runnables import RunnableConfig, RunnableLambda, RunnableSequence
 from langchain_core.tools import tool
 from langchain_core.tracers.base import BaseTracer
 from langgraph.cache.memory import InMemoryCache
@@ -850,6 +850,50 @@ def test_send_inputs_are_keyed() -> None:
     graph = builder.compile(cache=MemoryCache())
     assert sorted(graph.invoke({"path": []})["path"]) == ["0", "0", "1", "1"]
     assert runs_of(graph) == 2
+
+
+@pytest.mark.parametrize("one_policy", [False, True])
+def test_nodes_without_a_policy_are_langgraphs_own(one_policy: bool) -> None:
+    """Object for object, also beside a node that has one: nothing of ours is in between."""
+    built = []
+    for kind in (StateGraph, LangGraphStateGraph):
+        builder: Any = kind(State)
+        for name, node in KINDS.items():
+            builder.add_node(name, node)
+            builder.add_edge(START, name)
+        if one_policy:
+            policy = {"cache_policy": CachePolicy()} if kind is StateGraph else {}
+            builder.add_node("cached", plain, **policy).add_edge(START, "cached")
+        built.append(builder.compile(cache=MemoryCache()))
+    ours, theirs = built
+    assert ours.nodes.keys() == theirs.nodes.keys()
+    assert set(ours.perf.specs) == ({"cached"} if one_policy else set())
+    for name in ours.nodes.keys() - {"cached"}:
+        node, own = ours.nodes[name], theirs.nodes[name]
+        assert vars(node).keys() == vars(own).keys()
+        assert type(node) is type(own)
+        assert type(node.node) is type(own.node)
+        if name in KINDS:
+            bound = ours.builder.nodes[name].runnable
+            assert node.bound is bound
+            steps = bound.steps if isinstance(bound, RunnableSequence) else [bound]
+            assert list(map(id, node.node.steps[: len(steps)])) == list(map(id, steps))
+            assert list(map(type, node.node.steps)) == list(map(type, own.node.steps))
+
+
+def test_without_policies_nodes_get_langgraphs_own_config() -> None:
+    """A graph that has nothing of ours puts nothing into its runs either."""
+    seen: list[set[str]] = []
+
+    def node(state: State, config: RunnableConfig) -> State:
+        seen.append(set(config["configurable"]))
+        return {}
+
+    for kind in (StateGraph, LangGraphStateGraph):
+        builder: Any = kind(State).add_node("node", node).add_edge(START, "node")
+        builder.compile().invoke({})
+    ours, theirs = seen
+    assert ours == theirs
 
 
 async def test_node_defaults_apply() -> None:
