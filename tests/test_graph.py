@@ -281,7 +281,8 @@ def test_commands_are_replayed_with_their_destinations() -> None:
     assert runs_of(graph) == 1
 
 
-def test_a_hit_marks_the_trace() -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_a_hit_marks_the_trace(asynchronous: bool) -> None:
     """A tracer sees that the node was answered from the cache, under which key and how old."""
 
     class Tracer(BaseTracer):
@@ -298,9 +299,17 @@ def test_a_hit_marks_the_trace() -> None:
 
     graph = build(lambda state: {"answer": 1})
     tracer = Tracer()
-    graph.invoke({"query": "q"}, {"callbacks": [tracer]})
+
+    async def run() -> None:
+        config: RunnableConfig = {"callbacks": [tracer]}
+        if asynchronous:
+            await graph.ainvoke({"query": "q"}, config)
+        else:
+            graph.invoke({"query": "q"}, config)
+
+    await run()
     assert tracer.marks == []
-    graph.invoke({"query": "q"}, {"callbacks": [tracer]})
+    await run()
     (mark,) = tracer.marks
     assert mark["cached"] is True
     assert mark["age_seconds"] >= 0
