@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import pickle
+import re
 import signal
 import sqlite3
 import stat
@@ -1023,6 +1024,38 @@ def test_one_query_for_many_lookups(disk):
     statements.clear()
     disk.read([Lookup((("n",), str(i))) for i in range(0, 40, 2)])
     assert len(statements) == 1
+
+
+@pytest.mark.parametrize("how", ["drop_tags", "invalidate", "ainvalidate"])
+async def test_invalidation_looks_at_no_entry(disk, how):
+    """However many entries depend on a tag, invalidating it takes the same few statements."""
+    statements: list[str] = []
+    with disk._db.connection() as con:
+        con.set_trace_callback(statements.append)
+        assert list(disk._db._idle) == []
+
+    def store() -> None:
+        tokens = disk.tag_tokens([tag_id("docs"), tag_id("more")])
+        deps = tuple(zip([tag_id("docs"), tag_id("more")], tokens, strict=True))
+        for i in range(50):
+            disk.write((("n",), str(i)), entry(deps=deps))
+        statements.clear()
+
+    async def invalidate() -> list[str]:
+        if how == "drop_tags":
+            disk.drop_tags([tag_id("docs"), tag_id("more")])
+        elif how == "invalidate":
+            disk.invalidate("docs", "more")
+        else:
+            await disk.ainvalidate("docs", "more")
+        return list(statements)
+
+    without = await invalidate()
+    assert any("Tags" in statement for statement in without)
+    store()
+    assert await invalidate() == without
+    assert not [it for it in without if re.search(r"\bcache\b", it, re.IGNORECASE)]
+    assert disk.read([Lookup((("n",), str(i))) for i in range(50)]) == [None] * 50
 
 
 def test_reopening_keeps_everything(tmp_path, clock):
