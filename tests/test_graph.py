@@ -7,12 +7,13 @@ import operator
 import uuid
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
-from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langchain_core.runnables import RunnableConfig, RunnableLambda, RunnableSequence
 from langchain_core.tools import tool
 from langchain_core.tracers.base import BaseTracer
 from langgraph.cache.memory import InMemoryCache
@@ -26,7 +27,14 @@ from langgraph.types import Command, RetryPolicy, Send, interrupt
 from pydantic import BaseModel
 from typing_extensions import TypedDict
 
-from langgraph_perf import CacheMiss, CachePolicy, ConfigurationError, MemoryCache, StateGraph
+from langgraph_perf import (
+    CacheMiss,
+    CachePolicy,
+    ConfigurationError,
+    DiskCache,
+    MemoryCache,
+    StateGraph,
+)
 from langgraph_perf.caches.base import Cache
 from tests.conftest import Clock
 
@@ -273,7 +281,8 @@ def test_commands_are_replayed_with_their_destinations() -> None:
     assert runs_of(graph) == 1
 
 
-def test_a_hit_marks_the_trace() -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_a_hit_marks_the_trace(asynchronous: bool) -> None:
     """A tracer sees that the node was answered from the cache, under which key and how old."""
 
     class Tracer(BaseTracer):
@@ -290,9 +299,17 @@ def test_a_hit_marks_the_trace() -> None:
 
     graph = build(lambda state: {"answer": 1})
     tracer = Tracer()
-    graph.invoke({"query": "q"}, {"callbacks": [tracer]})
+
+    async def run() -> None:
+        config: RunnableConfig = {"callbacks": [tracer]}
+        if asynchronous:
+            await graph.ainvoke({"query": "q"}, config)
+        else:
+            graph.invoke({"query": "q"}, config)
+
+    await run()
     assert tracer.marks == []
-    graph.invoke({"query": "q"}, {"callbacks": [tracer]})
+    await run()
     (mark,) = tracer.marks
     assert mark["cached"] is True
     assert mark["age_seconds"] >= 0
@@ -602,6 +619,31 @@ async def test_foreign_caches_serve_as_plain_stores(asynchronous: bool) -> None:
         assert graph.cache is foreign
 
 
+async def test_a_wide_fan_out_reads_in_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks that look into a file at the same time are answered together."""
+    builder = StateGraph(State)
+    builder.add_node(
+        "node", lambda state: {"path": [state["query"]]}, cache_policy=CachePolicy(version=1)
+    )
+    queries = [str(i) for i in range(256)]
+    builder.add_conditional_edges(
+        START, lambda state: [Send("node", {"query": query}) for query in queries], ["node"]
+    )
+    with DiskCache(tmp_path / "cache") as cache:
+        graph = builder.compile(cache=cache)
+        await graph.ainvoke({"path": []})
+        reads: list[int] = []
+        read = cache.read
+        monkeypatch.setattr(cache, "read", lambda some: reads.append(len(some)) or read(some))
+        assert (await graph.ainvoke({"path": []}))["path"] == queries
+        stats = graph.perf.stats().nodes["node"]
+    assert (stats.runs, stats.hits) == (256, 256)
+    assert sum(reads) == 256
+    assert len(reads) <= 16
+
+
 def test_subgraphs_inherit_cache_control_and_statistics() -> None:
     """Nodes of subgraphs at any depth use the root's cache, obey its control and are counted."""
     inner = StateGraph(State)
@@ -819,9 +861,61 @@ def test_send_inputs_are_keyed() -> None:
     assert runs_of(graph) == 2
 
 
-def test_node_defaults_apply() -> None:
-    """``set_node_defaults(cache_policy=)`` applies to nodes without a policy of their own."""
+@pytest.mark.parametrize("one_policy", [False, True])
+def test_nodes_without_a_policy_are_langgraphs_own(one_policy: bool) -> None:
+    """Object for object, also beside a node that has one: nothing of ours is in between."""
+    built = []
+    for kind in (StateGraph, LangGraphStateGraph):
+        builder: Any = kind(State)
+        for name, node in KINDS.items():
+            builder.add_node(name, node)
+            builder.add_edge(START, name)
+        if one_policy:
+            policy = {"cache_policy": CachePolicy()} if kind is StateGraph else {}
+            builder.add_node("cached", plain, **policy).add_edge(START, "cached")
+        built.append(builder.compile(cache=MemoryCache()))
+    ours, theirs = built
+    assert ours.nodes.keys() == theirs.nodes.keys()
+    assert set(ours.perf.specs) == ({"cached"} if one_policy else set())
+    for name in ours.nodes.keys() - {"cached"}:
+        node, own = ours.nodes[name], theirs.nodes[name]
+        assert vars(node).keys() == vars(own).keys()
+        assert type(node) is type(own)
+        assert type(node.node) is type(own.node)
+        if name in KINDS:
+            bound = ours.builder.nodes[name].runnable
+            assert node.bound is bound
+            steps = bound.steps if isinstance(bound, RunnableSequence) else [bound]
+            assert list(map(id, node.node.steps[: len(steps)])) == list(map(id, steps))
+            assert list(map(type, node.node.steps)) == list(map(type, own.node.steps))
+
+
+def test_without_policies_nodes_get_langgraphs_own_config() -> None:
+    """A graph that has nothing of ours puts nothing into its runs either."""
+    seen: list[set[str]] = []
+
+    def node(state: State, config: RunnableConfig) -> State:
+        seen.append(set(config["configurable"]))
+        return {}
+
+    for kind in (StateGraph, LangGraphStateGraph):
+        builder: Any = kind(State).add_node("node", node).add_edge(START, "node")
+        builder.compile().invoke({})
+    ours, theirs = seen
+    assert ours == theirs
+
+
+async def test_node_defaults_apply() -> None:
+    """``set_node_defaults(cache_policy=)`` caches nodes without a policy of their own."""
     builder = StateGraph(State).set_node_defaults(cache_policy=CachePolicy(ttl=60))
-    builder.add_node("a", plain).add_node("b", plain, cache_policy=CachePolicy(ttl=5))
+    own, default = Counting(), Counting()
+    builder.add_node("a", default)
+    builder.add_node("b", own, cache_policy=CachePolicy(ttl=5, key=["query"]))
     graph = builder.add_edge(START, "a").add_edge("a", "b").compile(cache=MemoryCache())
     assert {name: spec.policy.ttl for name, spec in graph.perf.specs.items()} == {"a": 60, "b": 5}
+    for _ in range(2):
+        assert graph.invoke({"query": "q"})["answer"] == "q"
+        assert (await graph.ainvoke({"query": "q"}))["answer"] == "q"
+    stats = graph.perf.stats().nodes
+    assert (default.runs, stats["a"].runs, stats["a"].hits) == (1, 1, 3)
+    assert (own.runs, stats["b"].runs, stats["b"].hits) == (1, 1, 3)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from langchain_core.runnables import RunnableConfig, RunnableLambda
@@ -19,8 +19,12 @@ from langgraph._internal._runnable import RunnableCallable
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.errors import NodeError
 from langgraph.graph import START
+from langgraph.graph import StateGraph as LangGraphStateGraph
+from langgraph.pregel._utils import _runnable_has_native_async
 from langgraph.runtime import Runtime
-from langgraph.types import Command, RetryPolicy, Send, interrupt
+from langgraph.store.base import BaseStore
+from langgraph.store.memory import InMemoryStore
+from langgraph.types import Command, RetryPolicy, Send, StreamWriter, interrupt
 from typing_extensions import TypedDict
 
 from langgraph_perf import (
@@ -118,6 +122,128 @@ async def test_every_callable_can_lease(kind: str) -> None:
     graph = build(node, ["db"], {"db": Pool(Connection)})
     assert graph.invoke({})["answer"] == "Connection"
     assert (await graph.ainvoke({}))["answer"] == "Connection"
+    idle(graph)
+
+
+class Narrow(TypedDict, total=False):
+    """What some nodes take of the state."""
+
+    query: str
+
+
+def _routes(state: Narrow, db: Any = None) -> Command[Literal["left", "right"]]:
+    return Command(goto="left", update={"answer": sorted(state)})
+
+
+async def _aroutes(state: Narrow, db: Any = None) -> Command[Literal["left", "right"]]:
+    return _routes(state)
+
+
+class _Routes:
+    def method(self, state: Narrow, db: Any = None) -> Command[Literal["left", "right"]]:
+        return _routes(state)
+
+    async def __call__(self, state: Narrow, db: Any = None) -> Command[Literal["left", "right"]]:
+        return _routes(state)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("node", [_routes, _aroutes, _Routes().method, _Routes()])
+async def test_what_langgraph_finds_out_about_a_node_stays(node: Any, named: bool) -> None:
+    """Destinations, input and async-ness are those of the same node without resources."""
+
+    def found(builder: Any, **kwargs: Any) -> tuple[Any, ...]:
+        if named or isinstance(node, _Routes):
+            builder.add_node("node", node, **kwargs)
+        else:
+            builder.add_node(node, **kwargs)
+        (spec,) = builder.nodes.values()
+        native = _runnable_has_native_async(spec.runnable)
+        return spec.ends, spec.input_schema, native, type(spec.runnable), spec.runnable.get_name()
+
+    ours = StateGraph(State)
+    assert found(ours, resources=["db"]) == found(LangGraphStateGraph(State))
+    (name,) = ours.nodes
+    ours.add_node("left", lambda state: {"path": ["left"]})
+    ours.add_node("right", lambda state: {"path": ["right"]})
+    graph = ours.add_edge(START, name).compile(resources={"db": Pool(Connection)})
+    drawn = {(edge.source, edge.target) for edge in graph.get_graph().edges}
+    assert {(name, "left"), (name, "right")} <= drawn
+    result = await graph.ainvoke({"query": "q", "model_type": "m", "path": []})
+    assert (result["answer"], result["path"]) == (["query"], ["left"])
+
+
+class _Injected:
+    """Nodes that take everything LangGraph fills in, beside a resource."""
+
+    def check(self, state: State, db: Any, config: Any, runtime: Any, store: Any) -> State:
+        assert config["configurable"]["thread_id"] == "t"
+        assert runtime.execution_info is not None
+        return {"answer": (type(db).__name__, store.get(("names",), "key").value)}
+
+    def method(
+        self,
+        state: State,
+        writer: StreamWriter,
+        db: Connection,
+        config: RunnableConfig,
+        *,
+        store: BaseStore,
+        runtime: Runtime[Any],
+    ) -> State:
+        writer("written")
+        return self.check(state, db, config, runtime, store)
+
+    async def amethod(
+        self,
+        state: State,
+        writer: StreamWriter,
+        db: Connection,
+        config: RunnableConfig,
+        *,
+        store: BaseStore,
+        runtime: Runtime[Any],
+    ) -> State:
+        writer("written")
+        return self.check(state, db, config, runtime, store)
+
+
+class _InjectedObject(_Injected):
+    __call__ = _Injected.method
+
+
+class _InjectedAsyncObject(_Injected):
+    __call__ = _Injected.amethod
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("kind", ["method", "async method", "object", "async object"])
+async def test_what_langgraph_fills_in_comes_beside_resources(kind: str, cached: bool) -> None:
+    """``writer``, ``store``, ``config`` and ``runtime`` reach methods and callable objects."""
+    node: Any = {
+        "method": _Injected().method,
+        "async method": _Injected().amethod,
+        "object": _InjectedObject(),
+        "async object": _InjectedAsyncObject(),
+    }[kind]
+    store = InMemoryStore()
+    store.put(("names",), "key", {"is": "stored"})
+    builder = StateGraph(State)
+    policy = CachePolicy(version=1) if cached else None
+    builder.add_node("node", node, resources=["db"], cache_policy=policy)
+    graph = builder.add_edge(START, "node").compile(
+        store=store, cache=MemoryCache(), resources={"db": Pool(Connection)}
+    )
+    expected = [
+        ("custom", "written"),
+        ("updates", {"node": {"answer": ("Connection", {"is": "stored"})}}),
+    ]
+    config: Any = {"configurable": {"thread_id": "t"}}
+    modes: Any = ["custom", "updates"]
+    if "async" not in kind:
+        assert list(graph.stream({"query": "sync"}, config, stream_mode=modes)) == expected
+    stream = graph.astream({"query": "async"}, config, stream_mode=modes)
+    assert [chunk async for chunk in stream] == expected
     idle(graph)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import inspect
 import logging
 import os
 import pickle
+import re
 import signal
 import sqlite3
 import stat
@@ -22,12 +24,14 @@ import diskcache
 import pytest
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 
+from langgraph_perf._owner import thread_namespace
 from langgraph_perf.caches import _sqlite_fork
 from langgraph_perf.caches.base import Cache, Lookup, key_digest, tag_id
 from langgraph_perf.caches.disk import DiskCache
 from langgraph_perf.caches.memory import MemoryCache
 from langgraph_perf.caches.tiered import TieredCache
 from langgraph_perf.errors import ConfigurationError
+from tests.test_single_flight import auntil
 
 from .conftest import entry
 
@@ -620,6 +624,52 @@ async def test_async_does_not_block_the_loop(disk):
         con.close()
 
 
+OPERATIONS = {
+    "aread": ([Lookup(KEY)],),
+    "apeek": ([Lookup(KEY), Lookup(OTHER)],),
+    "aget": ([KEY],),
+    "awrite": (OTHER, entry()),
+    "aset": ({OTHER: ("value", None)},),
+    "atag_tokens": ([tag_id("docs")],),
+    "apeek_tags": ([tag_id("docs")],),
+    "adrop_tags": ([tag_id("docs")],),
+    "ainvalidate": ("docs",),
+    "aacquire": (OTHER,),
+    "arenew": (),
+    "arelease": (),
+    "acopy": (thread_namespace("t"), thread_namespace("copy"), {}),
+    "aclear": ([OTHER[0]],),
+    "astats": (),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+async def test_no_async_operation_blocks_the_loop(disk, name, monkeypatch):
+    """While an operation cannot get at the database the loop goes on."""
+    disk.write(KEY, entry())
+    lease = disk.acquire(KEY)
+    arguments = (lease,) if name in ("arenew", "arelease") else OPERATIONS[name]
+    stalled, go_on, borrow = threading.Event(), threading.Event(), disk._db._borrow
+
+    def stall():
+        stalled.set()
+        assert go_on.wait(10), "the loop stands still"
+        return borrow()
+
+    monkeypatch.setattr(disk._db, "_borrow", stall)
+    running = asyncio.create_task(getattr(disk, name)(*arguments))
+    await auntil(stalled.is_set)
+    assert not running.done()
+    go_on.set()
+    await running
+
+
+def test_every_async_operation_is_tried():
+    """The list above is complete: those that are not in it do not ask the database."""
+    operations = {name for name in dir(Cache) if inspect.iscoroutinefunction(getattr(Cache, name))}
+    assert operations - OPERATIONS.keys() == {"_offload", "aclose", "apause"}
+
+
 def test_nothing_stays_open(tmp_path, clock):
     """Neither a closed cache nor a forgotten one leaves a connection behind."""
     with warnings.catch_warnings():
@@ -974,6 +1024,38 @@ def test_one_query_for_many_lookups(disk):
     statements.clear()
     disk.read([Lookup((("n",), str(i))) for i in range(0, 40, 2)])
     assert len(statements) == 1
+
+
+@pytest.mark.parametrize("how", ["drop_tags", "invalidate", "ainvalidate"])
+async def test_invalidation_looks_at_no_entry(disk, how):
+    """However many entries depend on a tag, invalidating it takes the same few statements."""
+    statements: list[str] = []
+    with disk._db.connection() as con:
+        con.set_trace_callback(statements.append)
+        assert list(disk._db._idle) == []
+
+    def store() -> None:
+        tokens = disk.tag_tokens([tag_id("docs"), tag_id("more")])
+        deps = tuple(zip([tag_id("docs"), tag_id("more")], tokens, strict=True))
+        for i in range(50):
+            disk.write((("n",), str(i)), entry(deps=deps))
+        statements.clear()
+
+    async def invalidate() -> list[str]:
+        if how == "drop_tags":
+            disk.drop_tags([tag_id("docs"), tag_id("more")])
+        elif how == "invalidate":
+            disk.invalidate("docs", "more")
+        else:
+            await disk.ainvalidate("docs", "more")
+        return list(statements)
+
+    without = await invalidate()
+    assert any("Tags" in statement for statement in without)
+    store()
+    assert await invalidate() == without
+    assert not [it for it in without if re.search(r"\bcache\b", it, re.IGNORECASE)]
+    assert disk.read([Lookup((("n",), str(i))) for i in range(50)]) == [None] * 50
 
 
 def test_reopening_keeps_everything(tmp_path, clock):

@@ -10,7 +10,7 @@ import random
 import signal
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ pytestmark = [
 
 LIMIT = 2**20
 KEYS = [(("graph", "node"), str(i)) for i in range(20)]
+MANY = [(("graph", "node"), str(i)) for i in range(400)]
+"""Keys whose values together are several times as large as the cache may be."""
+CLEARED = [(("graph", "cleared"), str(i)) for i in range(40)]
 DOCS = tag_id("docs")
 
 # forked: a hundred interpreters would take minutes to start
@@ -65,9 +68,9 @@ def open_cache(directory: str, kind: str, ahead: float = 0.0) -> Cache:
     return TieredCache(MemoryCache(), disk) if kind == "tiered" else disk
 
 
-def value_of(key: Any, rng: random.Random) -> bytes:
+def value_of(key: Any, rng: random.Random, sizes: Sequence[int] = (10, 1000, 20_000)) -> bytes:
     """A value that tells which key it is for and whether it is whole."""
-    body = key[1].encode() + b":" + rng.randbytes(rng.choice([10, 1000, 20_000]))
+    body = key[1].encode() + b":" + rng.randbytes(rng.choice(sizes))
     return hashlib.sha256(body).digest() + body
 
 
@@ -81,8 +84,8 @@ def write_until_killed(pipe: Connection, directory: str, seed: int) -> None:
     rng = random.Random(seed)
     cache = open_cache(directory, "disk")
     while True:
-        key = rng.choice(KEYS)
-        value = value_of(key, rng)
+        key = rng.choice(MANY + CLEARED)
+        value = value_of(key, rng, (1000, 20_000, 60_000))
         match rng.randrange(8):
             case 0 | 1 | 2:
                 cache.write(key, Entry(value, time.time()))
@@ -100,7 +103,7 @@ def write_until_killed(pipe: Connection, directory: str, seed: int) -> None:
                 if rng.random() < 0.95:
                     cache.invalidate("docs")
                 else:
-                    cache.clear([KEYS[0][0]])
+                    cache.clear([CLEARED[0][0]])
         pipe.send_bytes(b".")
 
 
@@ -108,6 +111,8 @@ def test_a_hundred_killed_writers(tmp_path: Path) -> None:
     """After 100 kill -9 every value is whole and of its key, no key is stuck, the directory is
     within its limit, and the database in order."""
     directory, rng = str(tmp_path / "cache"), random.Random(0)
+    keys = MANY + CLEARED
+    seen: dict[Any, int] = {}
     killed = served = 0
     with open_cache(directory, "disk") as cache:
         while killed < 100:
@@ -124,18 +129,21 @@ def test_a_hundred_killed_writers(tmp_path: Path) -> None:
                     assert process.exitcode == -signal.SIGKILL
                     killed += 1
                     for key, found in zip(
-                        KEYS, cache.read([Lookup(key) for key in KEYS]), strict=True
+                        keys, cache.read([Lookup(key) for key in keys]), strict=True
                     ):
                         if found is not None:
                             assert is_value_of(key, found.payload)
+                            seen[key] = len(found.payload)
                             served += 1
         assert served > 100
+        # what was there at one time or another has no room at the same time
+        assert sum(seen.values()) > 3 * LIMIT
         assert cache.stats().damaged == 0
-        assert cache.write(KEYS[0], Entry(b"x" * 100_000, time.time()))
+        assert cache.write(MANY[0], Entry(b"x" * 100_000, time.time()))
         assert cache.stats().bytes <= LIMIT
     # the killed held leases; they are over after lease_seconds
     with open_cache(directory, "disk", ahead=10.0) as cache:
-        leases = [cache.acquire(key) for key in KEYS]
+        leases = [cache.acquire(key) for key in keys]
         assert all(leases)
         for lease in leases:
             cache.release(lease)
