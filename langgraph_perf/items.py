@@ -187,7 +187,8 @@ class ItemCache:
         """One value for each of ``keys``, in order.
 
         ``compute_many`` is called at most once, with the keys that are not stored, each once, and
-        returns their values in the same order.
+        returns their values in the same order. Nobody is waited for: callers that miss the same
+        key at once each compute it.
 
         Raises:
             ValueError: ``compute_many`` returned another number of values than it got keys.
