@@ -13,6 +13,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -184,19 +185,27 @@ async def _adelete_thread(self: Any, thread_id: str, *args: Any, **kwargs: Any) 
 
 
 def _delete_for_runs(self: Any, run_ids: Any, *args: Any, **kwargs: Any) -> None:
-    run_ids = list(run_ids)
+    run_ids, threads = list(run_ids), set()
+    with suppress(Exception):  # a saver that cannot list them: then nothing is served all the same
+        for run_id in run_ids:
+            found = self._saver.list(None, filter={"run_id": run_id})
+            threads |= {each.config["configurable"]["thread_id"] for each in found}
     try:
         self._saver.delete_for_runs(run_ids, *args, **kwargs)
     finally:
-        self._tell("forget_runs", run_ids)
+        self._tell("forget_runs", run_ids, sorted(threads))
 
 
 async def _adelete_for_runs(self: Any, run_ids: Any, *args: Any, **kwargs: Any) -> None:
-    run_ids = list(run_ids)
+    run_ids, threads = list(run_ids), set()
+    with suppress(Exception):
+        for run_id in run_ids:
+            found = self._saver.alist(None, filter={"run_id": run_id})
+            threads |= {each.config["configurable"]["thread_id"] async for each in found}
     try:
         await self._saver.adelete_for_runs(run_ids, *args, **kwargs)
     finally:
-        await self._atell("aforget_runs", run_ids)
+        await self._atell("aforget_runs", run_ids, sorted(threads))
 
 
 def _prune(self: Any, thread_ids: Any, *args: Any, **kwargs: Any) -> None:

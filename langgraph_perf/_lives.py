@@ -76,20 +76,26 @@ class Lives:
                     await cache.adrop_tags(tags)
                     await cache.aclear(namespaces)
 
-    def forget_runs(self, runs: Sequence[str]) -> None:
-        """See to it that what threads own of these runs is never served again; the room it takes
-        is given back when it expires, is evicted, or its thread goes."""
+    def forget_runs(self, runs: Sequence[str], threads: Sequence[str]) -> None:
+        """Remove what these threads own of these runs; of other threads it is never served again,
+        and goes when it expires, is evicted, or its thread goes."""
+        tags = [made_in(str(run)) for run in runs]
         with at_the_end() as failures:
             for cache in self._caches if runs else ():
                 with kept(failures):
-                    cache.drop_tags([made_in(str(run)) for run in runs])
+                    cache.drop_tags(tags)
+                    for thread in threads:
+                        cache.purge(thread_namespace(str(thread)))
 
-    async def aforget_runs(self, runs: Sequence[str]) -> None:
+    async def aforget_runs(self, runs: Sequence[str], threads: Sequence[str]) -> None:
         """Like ``forget_runs``, without blocking the event loop."""
+        tags = [made_in(str(run)) for run in runs]
         with at_the_end() as failures:
             for cache in self._caches if runs else ():
                 with kept(failures):
-                    await cache.adrop_tags([made_in(str(run)) for run in runs])
+                    await cache.adrop_tags(tags)
+                    for thread in threads:
+                        await cache.apurge(thread_namespace(str(thread)))
 
     def copy(self, source: str, target: str) -> None:
         """Give ``target`` a copy of what ``source`` owns; what fails is computed again."""

@@ -623,6 +623,23 @@ class TagConformance(CacheConformance):
         cache.invalidate("docs")
         assert cache.one((target, "k")) is None
 
+    def test_purges_what_is_never_served_again(self, cache: Subject, clock: Clock) -> None:
+        """Of an owner's entries those go that expired or lost a tag; the others stay, as do those
+        of other owners, and a backend that cannot purge leaves all of them."""
+        owner, other, tag = (OWNED, "thread", "a"), (OWNED, "thread", "ab"), tag_id("run")
+        (token,) = cache.tag_tokens([tag])
+        cache.write((owner, "kept"), entry(b"kept"))
+        cache.write((owner, "expired"), entry(expires=clock() + 1))
+        cache.write((owner, "lost"), entry(deps=((tag, token),)))
+        cache.write((other, "lost"), entry(deps=((tag, token),)))
+        clock.advance(2)
+        cache.drop_tags([tag])
+        assert cache.purge(owner) in (0, 1, 2)  # some expire by themselves
+        assert cache.purge(owner) == 0
+        assert cache.one((owner, "kept")) is not None
+        assert cache.one((owner, "lost")) is None
+        assert cache.purge(KEY[0]) == 0
+
     def test_tokens_are_bounded(self, cache: Subject) -> None:
         """Thousands of tags at once are answered, and later asked tags keep their tokens."""
         many = [tag_id(str(i)) for i in range(2000)]

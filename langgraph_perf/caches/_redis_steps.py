@@ -289,26 +289,12 @@ class RedisSteps(TokenCache):
         if self._closed or not (owned(source) and owned(target)):
             return 0
         first, second = namespace_digest(tuple(source)), namespace_digest(tuple(target))
-        own, copied = first.hex(), 0
-        names: list[bytes] = []
-        while len(names) % _SCAN == 0:
-            more = yield from self._members(own, len(names))
-            names += more
-            if not more:
-                break
+        copied = 0
+        names = yield from self._all_members(first.hex())
         for at in range(0, len(names), _COPIES):
             rests = [bytes.fromhex(name.decode()) for name in names[at : at + _COPIES]]
-            blobs = yield from self._get(
-                [self._digest_name(_ENTRY, first + rest, True) for rest in rests]
-                + [self._name("t", own)]
-            )
-            token = _tokens([own], blobs[-1:]).get(own, "")
-            entries = [
-                self._unsealed(first + rest, blob, True, token) if blob is not None else None
-                for rest, blob in zip(rests, blobs[:-1], strict=True)
-            ]
-            tags = {tag for entry in entries if entry is not None for tag, _ in entry.deps}
-            copies = self._copied(entries, (yield from self._peeking_tags(tags)), deps)
+            entries, current = yield from self._of_owner(first, rests)
+            copies = self._copied(entries, current, deps)
             writes = [
                 self._write(second + rest, True, entry, "")
                 for rest, entry in zip(rests, copies, strict=True)
@@ -317,6 +303,49 @@ class RedisSteps(TokenCache):
             if writes:
                 copied += sum([self._stored(reply) for reply in (yield writes)])
         return copied
+
+    def _purging(self, namespace: Namespace) -> Steps[int]:
+        self.must_be_open()
+        if not owned(namespace):
+            return 0
+        first, purged = namespace_digest(tuple(namespace)), 0
+        names = yield from self._all_members(first.hex())
+        for at in range(0, len(names), _COPIES):
+            some = names[at : at + _COPIES]
+            rests = [bytes.fromhex(name.decode()) for name in some]
+            spent = self._spent(*(yield from self._of_owner(first, rests)))
+            doomed = [name for name, is_spent in zip(some, spent, strict=True) if is_spent]
+            if doomed:
+                yield from self._unlink(first, doomed)
+            purged += len(doomed)
+        return purged
+
+    def _of_owner(
+        self, first: bytes, rests: Sequence[bytes]
+    ) -> Steps[tuple[list[Entry | None], dict[str, str]]]:
+        """Entries of an owned namespace, and the current tokens of their tags."""
+        own = first.hex()
+        blobs = yield from self._get(
+            [self._digest_name(_ENTRY, first + rest, True) for rest in rests]
+            + [self._name("t", own)]
+        )
+        token = _tokens([own], blobs[-1:]).get(own, "")
+        entries = [
+            self._unsealed(first + rest, blob, True, token) if blob is not None else None
+            for rest, blob in zip(rests, blobs[:-1], strict=True)
+        ]
+        tags = {tag for entry in entries if entry is not None for tag, _ in entry.deps}
+        return entries, (yield from self._peeking_tags(tags))
+
+    def _all_members(self, owner: str) -> Steps[list[bytes]]:
+        """All names in an index."""
+        names: list[bytes] = []
+        while len(names) % _SCAN == 0:
+            more = yield from self._members(owner, len(names))
+            names += more
+            if not more:
+                break
+        return names
 
     def _members(self, owner: str, start: int) -> Steps[list[bytes]]:
         """Up to ``_SCAN`` names in an index, from the one at ``start`` on."""
@@ -356,14 +385,16 @@ class RedisSteps(TokenCache):
             if not names:
                 return
             more = len(names) == _SCAN
-            first = bytes.fromhex(owner)
-            keys = [
-                self._digest_name(_ENTRY, first + bytes.fromhex(name.decode()), True)
-                for name in names
-            ]
-            index = self._name("n", owner)
-            (reply,) = yield [(_UNLINK_OWNED, 1 + len(keys), index, *keys, *names)]
-            _good(reply)
+            yield from self._unlink(bytes.fromhex(owner), names)
+
+    def _unlink(self, first: bytes, names: Sequence[bytes]) -> Steps[None]:
+        """Delete entries of an owned namespace, and their names from its index."""
+        keys = [
+            self._digest_name(_ENTRY, first + bytes.fromhex(name.decode()), True) for name in names
+        ]
+        index = self._name("n", first.hex())
+        (reply,) = yield [(_UNLINK_OWNED, 1 + len(keys), index, *keys, *names)]
+        _good(reply)
 
     def _delete(self, kind: str, starts: Sequence[str] = ("",)) -> Steps[None]:
         """Delete our keys of this kind whose names begin so, in one walk; others are left alone."""

@@ -234,6 +234,16 @@ class Cache(BaseCache[Any]):
         """
         return 0
 
+    def purge(self, namespace: Namespace) -> int:
+        """Delete what can never be served again in exactly one ``owned`` namespace.
+
+        Of others, and by a backend that cannot, nothing is deleted.
+
+        Returns:
+            How many entries were deleted.
+        """
+        return 0
+
     def read_now(self, lookup: Lookup) -> Entry | None:
         """The servable entry, if it can be had without waiting for anything; ``None`` does not
         mean that ``read`` finds none. Must not raise."""
@@ -310,6 +320,10 @@ class Cache(BaseCache[Any]):
     ) -> int:
         """Like ``copy``, without blocking the event loop."""
         return await self._offload(self.copy, source, target, deps)
+
+    async def apurge(self, namespace: Namespace) -> int:
+        """Like ``purge``, without blocking the event loop."""
+        return await self._offload(self.purge, namespace)
 
     async def aacquire(self, key: FullKey) -> Lease | None:
         """Like ``acquire``, without blocking the event loop."""
@@ -491,6 +505,11 @@ class TokenCache(Cache):
             else None
             for entry in entries
         ]
+
+    def _spent(self, entries: Sequence[Entry | None], current: Mapping[str, str]) -> list[bool]:
+        """Which of ``entries`` can never be served again."""
+        now = self.clock()
+        return [entry is None or not servable(entry, _ANY, current, now) for entry in entries]
 
     def _checked(
         self,

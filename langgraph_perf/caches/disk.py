@@ -321,6 +321,29 @@ class DiskCache(TokenCache):
             copied += self._counted(stored)
         return copied
 
+    def purge(self, namespace: Namespace) -> int:
+        """Delete what can never be served again in one owned namespace; see ``Cache`` and, about
+        what is left in the files, ``clear``."""
+        self._must_not_be_lost()
+        self.must_be_open()
+        if not owned(namespace):
+            return 0
+        keys = [key for (key,) in self._db.rows(_SELECT_KEYS, _range(tuple(namespace)))]
+        purged = 0
+        for start in range(0, len(keys), _COPIES):
+            with self._db.connection() as con:
+                rows = list(_select(con, _SELECT, keys[start : start + _COPIES]))
+            entries = [self._unsealed(row[2], row) for row in rows]
+            tags = {tag for entry in entries if entry is not None for tag, _ in entry.deps}
+            spent = self._spent(entries, self.peek_tags(tags))
+            doomed = [(row[2],) for row, is_spent in zip(rows, spent, strict=True) if is_spent]
+            with self._db.transaction(durable=True) as con:
+                con.executemany("DELETE FROM Cache WHERE key = ? AND raw = 1", doomed)
+            purged += len(doomed)
+        if purged:
+            self._log_is_due = not self._db.empty_log(_PATIENCE)
+        return purged
+
     def clear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Delete what is in exactly these namespaces; ``None`` deletes everything.
 

@@ -218,6 +218,19 @@ class MemoryCache(TokenCache):
             ]
         )
 
+    def purge(self, namespace: Namespace) -> int:
+        """Delete what can never be served again in one owned namespace; see ``Cache``."""
+        with self._lock:
+            keys = list(self._owned.get(tuple(namespace), ()))
+        entries = self.peek([Lookup(key) for key in keys])
+        tags = {tag for entry in entries if entry is not None for tag, _ in entry.deps}
+        spent = self._spent(entries, self.peek_tags(tags))
+        doomed = [key for key, is_spent in zip(keys, spent, strict=True) if is_spent]
+        with self._lock:
+            for key in doomed:
+                self._remove(key)
+        return len(doomed)
+
     def stats(self) -> CacheStats:
         """A snapshot of counters and sizes, once what has expired is removed."""
         now = self.clock()

@@ -199,6 +199,14 @@ class RedisCache(RedisSteps):
         """Like ``copy``, without blocking the event loop."""
         return await self._ado(self._copying(source, target, deps), at_once=False)
 
+    def purge(self, namespace: Namespace) -> int:
+        """Delete what can never be served again in one owned namespace; see ``Cache``."""
+        return self._do(self._purging(namespace), at_once=False)
+
+    async def apurge(self, namespace: Namespace) -> int:
+        """Like ``purge``, without blocking the event loop."""
+        return await self._ado(self._purging(namespace), at_once=False)
+
     async def aclear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Like ``clear``, without blocking the event loop."""
         await self._asettle(await self._ado(self._clearing(namespaces), at_once=False))

@@ -307,6 +307,14 @@ class TieredCache(Cache):
                 yield from self._try(tier, "clear", [target])
         return copied
 
+    def _purging(self, namespace: Namespace) -> Steps[int]:
+        if not owned(namespace):
+            return 0
+        purged: int = yield from self._must(self._last, "purge", namespace)
+        for tier in self._tiers[:-1]:  # whose tags are the last one's
+            yield from self._must(tier, "clear", [namespace])
+        return purged
+
     def _try(self, tier: _Tier, operation: str, *args: Any) -> Steps[Any]:
         """Carry out a primitive; ``None`` when it fails, or is not even tried."""
         if tier.away(operation):
@@ -426,6 +434,10 @@ class TieredCache(Cache):
         """Copy what the last tier has in one owned namespace into another; see ``Cache``."""
         return _carry_out(self._copying(source, target, deps))
 
+    def purge(self, namespace: Namespace) -> int:
+        """Delete what can never be served again in one owned namespace; see ``Cache``."""
+        return _carry_out(self._purging(namespace))
+
     def stats(self) -> CacheStats:
         """A snapshot: ``bytes`` of all tiers, ``entries`` of the last one, and each one's own."""
         return self._snapshot([tier.cache.stats() for tier in self._tiers])
@@ -513,6 +525,10 @@ class TieredCache(Cache):
     ) -> int:
         """Like ``copy``, without blocking the event loop."""
         return await _acarry_out(self._copying(source, target, deps))
+
+    async def apurge(self, namespace: Namespace) -> int:
+        """Like ``purge``, without blocking the event loop."""
+        return await _acarry_out(self._purging(namespace))
 
     async def astats(self) -> CacheStats:
         """Like ``stats``, without blocking the event loop."""

@@ -236,7 +236,7 @@ def test_a_copied_thread_has_copies_of_its_own(cache: Cache, awaited: bool) -> N
 
 @pytest.mark.parametrize("awaited", [False, True], ids=["sync", "async"])
 def test_deleted_runs_take_what_they_made(cache: Cache, awaited: bool) -> None:
-    """Results of a deleted run are not served; those of the thread's other runs are."""
+    """Results of a deleted run are removed; those of the thread's other runs are served."""
     node, ran = counted()
     graph = build(node, cache)
     run(graph, "t", "one", run_id="run-1")
@@ -247,6 +247,10 @@ def test_deleted_runs_take_what_they_made(cache: Cache, awaited: bool) -> None:
         asyncio.run(graph.checkpointer.adelete_for_runs(["run-1"]))
     else:
         graph.checkpointer.delete_for_runs(["run-1"])
+    if isinstance(cache, (MemoryCache, DiskCache)):
+        assert cache.stats().entries == 1
+    # nothing is left to purge
+    assert cache.purge(thread_namespace("t")) == 0
     run(graph, "t", "two", run_id="run-4")
     run(graph, "t", "one", run_id="run-5")
     assert ran == ["one", "two", "one"]
