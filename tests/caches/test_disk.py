@@ -638,6 +638,7 @@ OPERATIONS = {
     "arenew": (),
     "arelease": (),
     "acopy": (thread_namespace("t"), thread_namespace("copy"), {}),
+    "apurge": (thread_namespace("t"),),
     "aclear": ([OTHER[0]],),
     "astats": (),
 }
