@@ -283,7 +283,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
 
 def _refuse_typos(node: Any, kwargs: Mapping[str, Any]) -> None:
     """LangGraph takes any keyword argument, and leaves what it does not know unread."""
-    for name in kwargs:
+    for name in kwargs.keys() - inspect.signature(LangGraphStateGraph.add_node).parameters.keys():
         meant = get_close_matches(name, ["cache_policy", "resources"], 1, 0.75)
         if meant or name in ("cache", "policy"):
             given = node if isinstance(node, str) else "..."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from langgraph.cache.memory import InMemoryCache
 from langgraph.graph import START
+from langgraph.graph import StateGraph as LangGraphStateGraph
 from langgraph.types import CachePolicy as LangGraphPolicy
 from typing_extensions import TypedDict
 
@@ -211,6 +213,14 @@ def test_bad_directories_are_named(tmp_path: Any) -> None:
 def test_misspelt_arguments_of_add_node_are_refused(name: str) -> None:
     """LangGraph would take them, and the node would run uncached."""
     with pytest.raises(ConfigurationError, match=f"{name}=.*did you mean"):
+        StateGraph(State).add_node("node", lambda state: {}, **{name: None})
+
+
+def test_arguments_that_only_langgraph_knows_are_handed_on() -> None:
+    """Later releases may have more of them, with names like ours."""
+    known = inspect.signature(LangGraphStateGraph.add_node).parameters.keys()
+    ours = inspect.signature(StateGraph.add_node).parameters.keys()
+    for name in known - ours:
         StateGraph(State).add_node("node", lambda state: {}, **{name: None})
 
 
