@@ -128,11 +128,22 @@ class Backend(Guarded):
 
     async def awrite(self, key: FullKey, entry: Entry, lease: Lease | None) -> bool:
         """Like ``write``, without blocking the event loop."""
-        cache = self.cache
-        if not cache.blocking:
+        if not self.cache.blocking:
             return self.write(key, entry, lease)
+        if not owned(key[0]):
+            return bool(
+                await self._atry(self.writes, "write", self.cache.awrite, key, entry, lease)
+            )
+        # what is written for an owner who is forgotten meanwhile must go, whoever is cancelled
+        task = asyncio.ensure_future(self._awrite_owned(key, entry, lease))
+        _finishing.add(task)
+        task.add_done_callback(_finishing.discard)
+        return await asyncio.shield(task)
+
+    async def _awrite_owned(self, key: FullKey, entry: Entry, lease: Lease | None) -> bool:
+        cache = self.cache
         stored = bool(await self._atry(self.writes, "write", cache.awrite, key, entry, lease))
-        if stored and owned(key[0]):
+        if stored:
             tag = owner_tag(key[0])
             if _forgotten(tag, entry, await self._atry(self.tags, "tags", cache.apeek_tags, [tag])):
                 await self._atry(self.writes, "clear", cache.aclear, [key[0]])
@@ -251,6 +262,8 @@ class Backend(Guarded):
 
 
 _of_lock = new_lock()
+_finishing: set[asyncio.Task[bool]] = set()
+"""Event loops hold their tasks weakly."""
 
 
 def owner_tag(namespace: Namespace) -> str:

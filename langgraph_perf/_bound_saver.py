@@ -18,6 +18,7 @@ from typing import Any
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
+from langgraph_perf._gathering import part_of, taint
 from langgraph_perf._lives import Lives, at_the_end, kept
 from langgraph_perf._locks import new_lock
 from langgraph_perf._provenance import METADATA, Ledger
@@ -37,7 +38,7 @@ def bound(saver: Saver, lives: Lives) -> Saver:
     if told is None:
         told = _told_by(inner)
     told.add(lives)
-    made: Saver = _class_for(kind)(inner, lives, told, known.get("provenance") or Ledger())
+    made: Saver = _class_for(kind)(inner, lives, told, _ledger_of(inner))
     return made
 
 
@@ -50,7 +51,17 @@ def _told_by(saver: Saver) -> weakref.WeakSet[Lives]:
             return weakref.WeakSet()
 
 
+def _ledger_of(saver: Saver) -> Ledger:
+    """What was served and is in no checkpoint of ``saver`` yet: any of its graphs may write it."""
+    with _making:
+        try:
+            return _ledgers.setdefault(saver, Ledger())
+        except TypeError:
+            return Ledger()
+
+
 _making = new_lock()
+_ledgers: weakref.WeakKeyDictionary[Saver, Ledger] = weakref.WeakKeyDictionary()
 _told: weakref.WeakKeyDictionary[Saver, weakref.WeakSet[Lives]] = weakref.WeakKeyDictionary()
 
 
@@ -160,12 +171,24 @@ async def _aput(
 
 def _get_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
     self._lives.started(config)
-    return self._saver.get_tuple(config, *args, **kwargs)
+    found = self._saver.get_tuple(config, *args, **kwargs)
+    _notice(config, found)
+    return found
 
 
 async def _aget_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
     await self._lives.astarted(config)
-    return await self._saver.aget_tuple(config, *args, **kwargs)
+    found = await self._saver.aget_tuple(config, *args, **kwargs)
+    _notice(config, found)
+    return found
+
+
+def _notice(config: Any, found: Any) -> None:
+    """A graph inside a node goes on from where an earlier attempt left it: who knows what a human
+    has said to that. What the node makes of it is not everybody's."""
+    conf = config.get("configurable") or {}
+    if found is not None and conf.get("checkpoint_ns"):
+        taint(part_of(conf), "continued_inside")
 
 
 def _delete_thread(self: Any, thread_id: str, *args: Any, **kwargs: Any) -> None:
@@ -226,14 +249,18 @@ async def _aprune(self: Any, thread_ids: Any, *args: Any, **kwargs: Any) -> None
             await self._atell("aforget", thread_ids)
 
 
-def _copy_thread(self: Any, source: str, target: str, *args: Any, **kwargs: Any) -> None:
-    self._saver.copy_thread(source, target, *args, **kwargs)
-    self._tell("copy", source, target)
+def _copy_thread(
+    self: Any, source_thread_id: str, target_thread_id: str, *args: Any, **kwargs: Any
+) -> None:
+    self._saver.copy_thread(source_thread_id, target_thread_id, *args, **kwargs)
+    self._tell("copy", source_thread_id, target_thread_id)
 
 
-async def _acopy_thread(self: Any, source: str, target: str, *args: Any, **kwargs: Any) -> None:
-    await self._saver.acopy_thread(source, target, *args, **kwargs)
-    await self._atell("acopy", source, target)
+async def _acopy_thread(
+    self: Any, source_thread_id: str, target_thread_id: str, *args: Any, **kwargs: Any
+) -> None:
+    await self._saver.acopy_thread(source_thread_id, target_thread_id, *args, **kwargs)
+    await self._atell("acopy", source_thread_id, target_thread_id)
 
 
 def _with_allowlist(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -247,6 +274,8 @@ def _with_allowlist(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _deletes(prune: Callable[..., Any], threads: Any, args: Any, kwargs: Any) -> bool:
     """Whether a call of ``prune`` leaves nothing of the threads."""
+    if "strategy" in kwargs:
+        return bool(kwargs["strategy"] == "delete")  # also where it is one of **kwargs
     given = inspect.signature(prune).bind(threads, *args, **kwargs)
     given.apply_defaults()
     return given.arguments.get("strategy") == "delete"

@@ -13,6 +13,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph._internal._constants import CONFIG_KEY_CHECKPOINTER
 from langgraph._internal._runnable import RunnableSeq
 from langgraph.cache.base import BaseCache
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import StateGraph as LangGraphStateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
@@ -404,7 +405,7 @@ class CompiledGraph(
             merged,
             blocking=blocking,
             overridden=overridden,
-            saver=lent or self.checkpointer,
+            saver=_hiding(self.checkpointer, lent),
             seen=perf.seen,
         )
         if parent is None and binding.control.nodes:
@@ -427,6 +428,15 @@ class CompiledGraph(
     async def aclear_cache(self, nodes: Sequence[str] | None = None) -> None:
         """Like ``clear_cache``, without blocking the event loop."""
         await self._perf.required_cache().aclear(self._perf.namespaces(nodes))
+
+
+def _hiding(own: Any, lent: Any) -> Any:
+    """The checkpointer of the two whose serde hides what it is given, if one does; else the one
+    that a parent lends. Which of them a run inside a node writes to depends on its config."""
+    for saver in (own, lent):
+        if type(getattr(saver, "serde", JsonPlusSerializer())) is not JsonPlusSerializer:
+            return saver
+    return lent or own
 
 
 def _ended(events: Any, run: Binding) -> Iterator[Any]:

@@ -245,3 +245,25 @@ def test_what_is_not_the_steps_own_checkpoint_tells_nothing(how: str) -> None:
     assert told(graph, "b") == [None] * len(told(graph, "b"))
     graph.checkpointer.delete_thread("b")
     assert not graph.checkpointer.provenance._steps
+
+
+def test_another_graph_on_the_saver_tells_of_the_hits_before_a_question() -> None:
+    """A server may compile the graph for each request: another one ends the step that stopped."""
+    saver = InMemorySaver()
+
+    def build_one(cache: MemoryCache) -> Any:
+        builder = StateGraph(State)
+        policy = CachePolicy(version=1, key=["query"])
+        builder.add_node("work", lambda state: {"found": ["work"]}, cache_policy=policy)
+        builder.add_node("ask", lambda state: {"found": [interrupt("?")]})
+        builder.add_edge(START, "work").add_edge(START, "ask")
+        return builder.compile(checkpointer=saver, cache=cache)
+
+    with MemoryCache() as cache:
+        graph = build_one(cache)
+        graph.invoke({"query": "q"}, {"configurable": {"thread_id": "warm"}})
+        config: Any = {"configurable": {"thread_id": "t"}}
+        graph.invoke({"query": "q"}, config)
+        other = build_one(cache)
+        other.invoke(Command(resume="yes"), config)
+        assert other.get_state(config).metadata["langgraph_perf"]["cached"].keys() == {"work"}

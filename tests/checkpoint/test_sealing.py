@@ -12,6 +12,7 @@ from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.graph import START
+from langgraph.graph import StateGraph as LangGraphStateGraph
 
 from langgraph_perf import (
     CachePolicy,
@@ -208,3 +209,18 @@ def test_items_of_one_kind_are_not_another_kinds() -> None:
     place = Place(seal=Seal(EncryptedSerializer.from_pycryptodome_aes(key=KEY)))
     names = {place.lookup(kind, "bob", (), None).key[1] for kind in ("salaries", "nicknames")}
     assert len(names) == 2
+
+
+@pytest.mark.parametrize("outer", [StateGraph, LangGraphStateGraph])
+def test_a_graph_inside_hides_what_its_own_saver_hides(tmp_path: Path, outer: Any) -> None:
+    """Run on a thread of its own from a node of another graph, which keeps its own in the clear."""
+    with DiskCache(tmp_path / "cache") as cache:
+        inner, _ = build(cache, encrypted())
+        builder = outer(State).add_node("outer", lambda state: ask(inner))
+        builder.add_edge(START, "outer").compile(checkpointer=InMemorySaver()).invoke(
+            {"query": "q"}, {"configurable": {"thread_id": "t"}}
+        )
+        assert cache.stats().entries > 0
+        for file in (tmp_path / "cache").iterdir():
+            raw = file.read_bytes()
+            assert not [secret for secret in SECRETS if secret.encode() in raw]

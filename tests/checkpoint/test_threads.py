@@ -16,6 +16,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.graph import START
+from langgraph.graph import StateGraph as LangGraphStateGraph
 from langgraph.types import Command, interrupt
 from typing_extensions import TypedDict
 
@@ -34,6 +35,7 @@ from langgraph_perf.caches.base import Cache, Lookup
 from langgraph_perf.errors import CacheClosed, ConfigurationError
 from langgraph_perf.testing import Clock
 from tests.redis_server import Server, new_prefix
+from tests.test_single_flight import auntil
 
 from .savers import drivers, savers
 
@@ -966,3 +968,88 @@ def test_a_graph_that_remembers_hidden_in_a_node(cache: Cache) -> None:
     stats = graph.perf.stats().nodes["answer"]
     assert stats.hits == 0
     assert stats.refusals["remembers"] == 2
+
+
+@pytest.mark.parametrize("how", ["by id", "before"])
+def test_what_goes_on_inside_is_nobody_elses(how: str) -> None:
+    """A graph inside a node, which LangGraph does not see, stops for a human and goes on later:
+    what it then returns answers no other thread."""
+    failures = [ValueError("transient")]
+
+    def ask(state: State) -> State:
+        return {"answer": interrupt("sure?") if how == "by id" else "yes"}
+
+    def after(state: State) -> State:
+        if how == "by id" and failures:
+            raise failures.pop()
+        return {}
+
+    hidden = LangGraphStateGraph(State).add_node("ask", ask).add_node("after", after)
+    hidden.add_edge(START, "ask").add_edge("ask", "after")
+    inner = {"graph": hidden.compile(interrupt_before=["ask"] if how == "before" else None)}
+
+    def node(state: State) -> State:
+        return {"answer": inner["graph"].invoke({"query": state["query"]}).get("answer", "")}
+
+    with MemoryCache() as cache:
+        graph = build(node, cache, CachePolicy(key=["query"], version=1), InMemorySaver())
+        first: Any = {"configurable": {"thread_id": "a"}}
+        told = graph.invoke({"query": "q"}, first)
+        if how == "by id":
+            asked = told["__interrupt__"][0]
+            with pytest.raises(ValueError, match="transient"):
+                graph.invoke(Command(resume={asked.id: "yes"}), first)
+        assert graph.invoke(None, first)["answer"] == "yes"
+        assert graph.perf.stats().nodes["answer"].refusals["continued_inside"] == 1
+        run(graph, "b")
+        assert graph.get_state({"configurable": {"thread_id": "b"}}).next == ("answer",)
+
+
+def test_ways_to_prune_and_copy() -> None:
+    """Whatever a saver's own methods look like, they are called as LangGraph's are."""
+
+    class Handing(Saver):
+        def prune(self, *args: Any, **kwargs: Any) -> None: ...
+
+    node, ran = counted()
+    with MemoryCache() as cache:
+        graph = build(node, cache, saver=Handing())
+        run(graph, "t")
+        graph.checkpointer.copy_thread(source_thread_id="t", target_thread_id="copy")
+        assert left(cache, "copy") == 1
+        graph.checkpointer.prune(["t"], strategy="delete")
+        run(graph, "t")
+    assert ran == ["q", "q"]
+
+
+async def test_a_cancelled_write_leaves_nothing_of_a_deleted_thread(tmp_path: Path) -> None:
+    """The run ends in the middle of storing what its thread, deleted by then, would have owned."""
+    started, go_on, writing = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    loop, written = asyncio.get_running_loop(), threading.Event()
+
+    class Slow(DiskCache):
+        def write(self, *args: Any) -> bool:
+            stored = super().write(*args)
+            loop.call_soon_threadsafe(writing.set)
+            assert written.wait(20)
+            return stored
+
+    async def node(state: State) -> State:
+        started.set()
+        await go_on.wait()
+        return {"answer": "late"}
+
+    with Slow(tmp_path / "cache") as cache:
+        graph = build(node, cache)
+        config: RunnableConfig = {"configurable": {"thread_id": "t"}}
+        task = asyncio.create_task(graph.ainvoke({"query": "q"}, config))
+        await started.wait()
+        await graph.checkpointer.adelete_thread("t")
+        go_on.set()
+        await writing.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert cache.stats().entries == 1
+        written.set()
+        await auntil(lambda: cache.stats().entries == 0)
