@@ -383,7 +383,9 @@ class Attempt:
 
     def _ran(self, value: Any) -> Ran:
         seconds = time.perf_counter() - self._started
-        return Ran(value, seconds, self._watch.taint)
+        binding = (self.config.get("configurable") or {}).get(BINDING)
+        continued = isinstance(binding, Binding) and binding.continued
+        return Ran(value, seconds, self._watch.taint or ("continued_inside" if continued else None))
 
     # -- after ------------------------------------------------------------------------------------
 

@@ -8,12 +8,11 @@ in a row the cache is left alone for a while, see ``_breaker``.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from langgraph.cache.base import FullKey, Namespace
@@ -22,6 +21,7 @@ from langgraph_perf._breaker import Breaker, Guarded, took_its_deadline
 from langgraph_perf._flight import FlightTable
 from langgraph_perf._locks import new_lock
 from langgraph_perf._refresh import Among
+from langgraph_perf._within import within
 from langgraph_perf.caches.base import Cache, Entry, Lease, Lookup, owned, tag_id
 from langgraph_perf.caches.tiered import LeftAlone
 
@@ -135,10 +135,7 @@ class Backend(Guarded):
                 await self._atry(self.writes, "write", self.cache.awrite, key, entry, lease)
             )
         # what is written for an owner who is forgotten meanwhile must go, whoever is cancelled
-        task = asyncio.ensure_future(self._awrite_owned(key, entry, lease))
-        _finishing.add(task)
-        task.add_done_callback(_finishing.discard)
-        return await asyncio.shield(task)
+        return await asyncio.shield(self._finish(self._awrite_owned(key, entry, lease)))
 
     async def _awrite_owned(self, key: FullKey, entry: Entry, lease: Lease | None) -> bool:
         cache = self.cache
@@ -168,7 +165,25 @@ class Backend(Guarded):
 
     async def aacquire(self, key: FullKey) -> Lease | Literal["busy", "failed"]:
         """Like ``acquire``, without blocking the event loop."""
-        return await self._atry(self.leases, "lease", self._aacquire, key) or "failed"
+        task = asyncio.ensure_future(self._atry(self.leases, "lease", self._aacquire, key))
+        try:
+            return await asyncio.shield(task) or "failed"
+        except asyncio.CancelledError:
+            # it may be granted all the same, and nobody is there to hold it
+            self._finish(self._return(task))
+            raise
+
+    async def _return(self, acquired: asyncio.Task[Lease | Literal["busy"] | None]) -> None:
+        lease = await acquired
+        if isinstance(lease, Lease):
+            await self.arelease(lease)
+
+    def _finish(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task that goes on whoever is cancelled."""
+        task = asyncio.ensure_future(work)
+        _finishing.add(task)
+        task.add_done_callback(_finishing.discard)
+        return task
 
     def _acquire(self, key: FullKey) -> Lease | Literal["busy"]:
         return self.cache.acquire(key) or "busy"
@@ -183,10 +198,15 @@ class Backend(Guarded):
     async def arelease(self, lease: Lease) -> None:
         """Give a lease back even if the caller is being cancelled, however often."""
         task = asyncio.ensure_future(self._atry(self.leases, "lease", self.cache.arelease, lease))
+        cancelled: BaseException | None = None
         # an event loop that ends cancels everything, and what waits for it once more
         while not task.done():
-            with contextlib.suppress(asyncio.CancelledError):
+            try:
                 await asyncio.shield(task)
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+        if cancelled is not None:
+            raise cancelled
 
     def pause(self, key: FullKey, seconds: float) -> None:
         """Wait for the holder of the lease of ``key``, at most for ``seconds``."""
@@ -225,7 +245,7 @@ class Backend(Guarded):
         if not self._allows(breaker):
             return None
         try:
-            result = await asyncio.wait_for(operation(*args), self.deadline)
+            result = await within(self.deadline, operation(*args))
         except Exception as exc:
             self._failed(breaker, kind, exc)
             return None
@@ -262,7 +282,7 @@ class Backend(Guarded):
 
 
 _of_lock = new_lock()
-_finishing: set[asyncio.Task[bool]] = set()
+_finishing: set[asyncio.Task[Any]] = set()
 """Event loops hold their tasks weakly."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import sys
 import uuid
@@ -22,6 +21,7 @@ from langgraph_perf._drive import NOBODY, adrive, drive
 from langgraph_perf._flight import held_flights
 from langgraph_perf._gathering import gatherings
 from langgraph_perf._steps import Call
+from langgraph_perf._within import within
 from langgraph_perf.caches.base import Entry
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ async def _arun(attempt: Attempt, call: Call) -> None:
     assert call.freshness is not None
     try:
         # beyond its window nobody takes a stale result: then callers run the node themselves
-        await asyncio.wait_for(_attempted(attempt, call), call.freshness.while_revalidate)
+        await within(call.freshness.while_revalidate, _attempted(attempt, call))
     except Exception as exc:
         _failed(attempt, exc)
 

@@ -8,6 +8,7 @@ cannot be serialised leaks. (A test per way out fails when LangGraph changes tha
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import weakref
 from collections.abc import Mapping, MutableSet
@@ -53,7 +54,6 @@ _NOT_THE_USERS = frozenset(
         "langgraph_version",
         "run_attempt",
         "run_id",
-        "task_id",
         "thread_id",
         "thread_ts",
         "traceparent",
@@ -62,6 +62,10 @@ _NOT_THE_USERS = frozenset(
         "x-request-id",
     }
 )
+
+
+_DUNDER = re.compile(r"__\w+__").fullmatch
+"""As a server has its times: ``__request_start_time_ms__``."""
 
 
 class Binding:
@@ -73,6 +77,7 @@ class Binding:
         refreshes: what runs in the background, of the outermost graph.
         resources: what nodes can lease; ``None`` where there is nothing.
         control: what the caller asks of the cache.
+        continued: whether tasks inside its nodes were done in an earlier run.
         configurable: the user's own part of ``configurable``.
         run_id: names the outermost run; random.
         blocked_loop: the event loop whose thread made a blocking call and waits for this run.
@@ -89,6 +94,7 @@ class Binding:
         "backend",
         "blocked_loop",
         "configurable",
+        "continued",
         "control",
         "forked",
         "items",
@@ -122,6 +128,7 @@ class Binding:
         seen: MutableSet[Backend],
     ) -> None:
         self.backend = backend
+        self.continued = False
         self.items = items
         self.refreshes = refreshes
         self.resources = resources
@@ -259,7 +266,7 @@ def users_part(configurable: Mapping[str, Any]) -> dict[str, Any]:
     users = {
         name: value
         for name, value in configurable.items()
-        if not name.startswith("__") and name not in _NOT_THE_USERS
+        if not (name.startswith("__pregel_") or _DUNDER(name) or name in _NOT_THE_USERS)
     }
     user = configurable.get("langgraph_auth_user")
     if user is not None and "langgraph_auth_user_id" not in users:

@@ -16,8 +16,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+# private names of LangGraph; tests/checkpoint/test_threads.py fails when they change
+from langgraph._internal._constants import NS_END, NS_SEP, RETURN
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
+from langgraph_perf._binding import BINDING, Binding
 from langgraph_perf._gathering import part_of, taint
 from langgraph_perf._lives import Lives, at_the_end, kept
 from langgraph_perf._locks import new_lock
@@ -184,10 +187,16 @@ async def _aget_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _notice(config: Any, found: Any) -> None:
-    """A graph inside a node goes on from where an earlier attempt left it: who knows what a human
-    has said to that. What the node makes of it is not everybody's."""
+    """A node goes on with what an earlier attempt left of a graph or of tasks inside it, or a graph
+    there remembers earlier runs: who knows what a human has said to that, and what it depends on.
+    What is made of it is not everybody's."""
     conf = config.get("configurable") or {}
-    if found is not None and conf.get("checkpoint_ns"):
+    binding = conf.get(BINDING)
+    left = found.pending_writes if found is not None else None
+    if isinstance(binding, Binding) and any(channel == RETURN for _, channel, _ in left or ()):
+        binding.continued = True
+    namespace = str(conf.get("checkpoint_ns") or "")
+    if namespace and (found is not None or NS_END not in namespace.rpartition(NS_SEP)[2]):
         taint(part_of(conf), "continued_inside")
 
 

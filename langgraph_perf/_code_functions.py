@@ -13,7 +13,7 @@ from typing import Any
 from langgraph_perf._canonical import Plan, Unkeyable, instance_state, mro_of, text, type_name
 from langgraph_perf._code_facts import top_level, value_of
 from langgraph_perf._code_identity import Code, Origin, code_of
-from langgraph_perf._code_walk import Walk, by_type, found_by_name
+from langgraph_perf._code_walk import Walk, as_first_seen, by_type, found_by_name
 
 _GETTERS = (operator.attrgetter, operator.itemgetter, operator.methodcaller)
 
@@ -50,7 +50,7 @@ def _function_body(walk: Walk, function: types.FunctionType) -> bytes:
         for name, value in sorted((function.__kwdefaults__ or {}).items()):
             out.append(text(name) + walk.captured(f'default["{name}"]', value))
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            out.append(_cell(walk, name, cell))
+            out.append(_cell(walk, function, name, cell))
         wrapped = function.__dict__.get("__wrapped__")
         if type(wrapped) is types.FunctionType:
             out.append(walk.captured("__wrapped__", wrapped))
@@ -75,13 +75,13 @@ def _foreign_body(walk: Walk, function: types.FunctionType) -> bytes:
     return b"F" + name + b"".join(walk.or_type(value) for value in values)
 
 
-def _cell(walk: Walk, name: str, cell: types.CellType) -> bytes:
+def _cell(walk: Walk, function: types.FunctionType, name: str, cell: types.CellType) -> bytes:
     try:
         value = cell.cell_contents
     except ValueError:
         return b"-"  # not set yet
     if walk.facts.changes(cell, name, value):
-        return by_type(value)
+        return as_first_seen(function, name, value)
     return walk.captured(f'closure["{name}"]', value)
 
 

@@ -43,6 +43,7 @@ from langgraph_perf._code_facts import Facts, is_container, is_framework, is_ins
 from langgraph_perf._message_rows import extra_of, private_of
 from langgraph_perf._messages_key import KeyEncoder
 from langgraph_perf._value_types import value_plan
+from langgraph_perf.keys import digest
 
 Body: TypeAlias = Callable[["Walk", Any], bytes]
 
@@ -188,6 +189,27 @@ def _by_names(value: Any) -> tuple[str, str]:
     return type_name(type(value)), f"{value.__module__}.{value.__qualname__}" if named else ""
 
 
+_first_seen = IdentityMap(4096)
+
+
+def as_first_seen(holder: Any, name: str, value: Any) -> bytes:
+    """What ``holder``'s ``name`` was when this process looked for the first time; by its type, if
+    it has no key."""
+    found = _first_seen.entries.get(id(holder))
+    known: dict[str, bytes] = found[0] if found else {}
+    if found is None:
+        try:
+            _first_seen.put(holder, known)
+        except TypeError:
+            return by_type(value)  # nothing can refer to it weakly, so nothing is known of it
+    if name not in known:
+        try:
+            known[name] = b"=" + digest((name, value)).encode()
+        except Unkeyable:
+            known[name] = by_type(value)
+    return known[name]
+
+
 def by_type(value: Any) -> bytes:
     """A value of which only the type counts."""
     return b"~" + text(type_name(type(value)))
@@ -244,7 +266,11 @@ def _instance(walk: Walk, value: Any) -> bytes:
 
 
 def state(walk: Walk, value: Any, leave: frozenset[str] = frozenset()) -> bytes:
-    """An object's class and attributes, without what the code changes and what to ``leave``."""
+    """An object's class and attributes, without what to ``leave``.
+
+    What the code changes itself counts as it was when it was first seen: as it was configured, but
+    without counters, logs and what else the code keeps there.
+    """
     kind = type(value)
     own = instance_state(kind)(value)
     if BaseModel in mro_of(kind):
@@ -253,8 +279,11 @@ def state(walk: Walk, value: Any, leave: frozenset[str] = frozenset()) -> bytes:
             own.update(private_of(value) or {})
     stores, pokes = walk.facts.changed_by_itself(kind)
     out = [walk.encode(kind)]
-    for name in sorted(own.keys() - leave - stores):
+    for name in sorted(own.keys() - leave):
         item = own[name]
-        if not walk.facts.changes(value, name, item) and not (name in pokes and is_container(item)):
+        changes = name in stores or (name in pokes and is_container(item))
+        if changes or walk.facts.changes(value, name, item):
+            out.append(text(name) + as_first_seen(value, name, item))
+        else:
             out.append(text(name) + walk.captured(f".{name}", item))
     return b"%b%d;" % (b"".join(out), len(out))

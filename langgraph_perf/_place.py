@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from langgraph_perf import codec, keys
 from langgraph_perf._backend import Backend
+from langgraph_perf._binding import BINDING, Binding
 from langgraph_perf._gathering import Gathering
 from langgraph_perf._owner import RUN_SECONDS, Owner
 from langgraph_perf._patience import Patience
@@ -48,7 +49,11 @@ class Place(NamedTuple):
     def taint(self) -> str | None:
         """Why nothing may be stored now."""
         # a human's answer is in this task: who knows where it goes
-        return "resumed" if resumes(self.conf, False) else None
+        if resumes(self.conf, False):
+            return "resumed"
+        binding = self.conf.get(BINDING)
+        continued = isinstance(binding, Binding) and binding.continued
+        return "continued_inside" if continued else None
 
     def lookup(
         self, namespace: str, key: Any, tags: tuple[str, ...], max_age: float | None

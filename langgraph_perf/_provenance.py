@@ -91,7 +91,10 @@ class Ledger:
         where = (str(conf.get("thread_id")), namespace)
         with self._lock:
             # by task: one that is run again in the same step counts once
-            self._steps.setdefault(where, {})[str(conf.get(CONFIG_KEY_TASK_ID))] = served
+            tasks = self._steps.setdefault(where, {})
+            tasks[str(conf.get(CONFIG_KEY_TASK_ID))] = served
+            if len(tasks) > _MOST_STEPS:
+                del tasks[next(iter(tasks))]
             self._steps.move_to_end(where)
             while len(self._steps) > _MOST_STEPS:
                 self._steps.popitem(last=False)

@@ -23,6 +23,7 @@ _WATCHING = frozenset(
     """.split()  # noqa: SIM905
 )
 _NAME = frozenset(("name",))
+_OUTSIDE = frozenset(("callbacks", "callback_manager", "cache", "rate_limiter"))
 
 
 def runnable_plan(kind: type) -> Plan | None:
@@ -41,6 +42,8 @@ def _runnable(walk: Walk, runnable: Any) -> bytes:
 def _runnable_state(walk: Walk, runnable: Any) -> bytes:
     # a tool's name is what a model calls; any other name is for traces
     leave = _WATCHING if isinstance(runnable, BaseTool) else _WATCHING | _NAME
+    if not walk.library(type(runnable).__module__):
+        leave = _OUTSIDE  # who knows what the user's own class does with the others
     out = b""
     config = instance_state(type(runnable))(runnable).get("config")
     if isinstance(config, dict):
@@ -59,7 +62,11 @@ def _model_state(walk: Walk, model: Any) -> bytes:
             if kind in (BaseLanguageModel, BaseChatModel, SimpleChatModel, BaseLLM):
                 break  # it says nothing about the model
             params = dict(model._identifying_params)
-            return walk.encode(type(model)) + walk.captured("._identifying_params", params)
+            out = walk.encode(type(model)) + walk.captured("._identifying_params", params)
+            if not walk.library(type(model).__module__):
+                # the user's own class may have fields that this does not tell of
+                out += walk.attempt(lambda: state(walk, model, _OUTSIDE), lambda: b"")
+            return out
     return state(walk, model, _WATCHING | _NAME)
 
 

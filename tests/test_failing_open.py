@@ -23,6 +23,7 @@ from langgraph_perf import CachePolicy, DiskCache, MemoryCache, StateGraph, Tier
 from langgraph_perf._backend import Backend
 from langgraph_perf._breaker import FAILURES_TO_OPEN, FIRST_PAUSE, LONGEST_PAUSE, QUIET, Breaker
 from langgraph_perf._patience import Patience
+from langgraph_perf._within import within
 from langgraph_perf.caches.base import Lease, Lookup
 from langgraph_perf.caches.foreign import ForeignCache
 from tests.conftest import Clock
@@ -379,3 +380,62 @@ def test_runs_are_those_that_came_to_their_end() -> None:
             graph.invoke({"query": "q"})
     stats = graph.perf.stats().nodes["node"]
     assert (stats.misses, stats.runs) == (3, 0)
+
+
+async def test_giving_a_lease_back_hides_no_cancellation() -> None:
+    """It is given back, and who was cancelled meanwhile is cancelled: no next node runs."""
+    entered, go_on, released = asyncio.Event(), asyncio.Event(), []
+
+    class Slow(MemoryCache):
+        async def arelease(self, lease: Lease) -> None:
+            entered.set()
+            await go_on.wait()
+            released.append(lease)
+
+    lease = Lease((("n",), "k"), "token", 0.0)
+    with Slow() as cache:
+        task = asyncio.create_task(Backend.of(cache).arelease(lease))
+        await entered.wait()
+        task.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert released == [lease]
+
+
+async def test_a_cancellation_counts_in_the_tick_of_the_answer() -> None:
+    """What ends in the moment in which its waiter is cancelled ends as cancelled."""
+    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(within(10, answer))
+    await asyncio.sleep(0)
+    answer.set_result(1)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_lease_that_nobody_waits_for_any_more_is_given_back() -> None:
+    """It is granted after its caller was cancelled."""
+    entered, go_on, released = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    lease = Lease((("n",), "k"), "token", 0.0)
+
+    class Slow(MemoryCache):
+        async def aacquire(self, key: Any) -> Lease:
+            entered.set()
+            await go_on.wait()
+            return lease
+
+        async def arelease(self, given: Lease) -> None:
+            assert given is lease
+            released.set()
+
+    with Slow() as cache:
+        task = asyncio.create_task(Backend.of(cache).aacquire(lease.key))
+        await entered.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+        await asyncio.wait_for(released.wait(), 20)

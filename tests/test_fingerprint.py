@@ -317,6 +317,54 @@ def test_calls_do_not_change_a_fingerprint():
     assert fingerprint(node) != before[0]
 
 
+def _configured(model: str) -> list[Any]:
+    """Nodes that are told apart by nothing but what their own code also writes to."""
+    settings, chosen, docs = {"model": model}, model, [model, "b"]
+
+    def fills(state: Any) -> Any:
+        settings.setdefault("temperature", 0)
+        return settings["model"]
+
+    def chooses(state: Any) -> Any:
+        nonlocal chosen
+        if chosen is None:
+            chosen = "default"
+        return chosen
+
+    def sorts(state: Any) -> Any:
+        docs.sort()
+        return docs[0]
+
+    class Lazy:
+        def __init__(self) -> None:
+            self.model, self.options = model, {"model": model}
+
+        def __call__(self, state: Any) -> Any:
+            if self.model is None:
+                self.model = "default"
+            self.options.setdefault("temperature", 0)
+            return self.model
+
+    class Named(RunnableLambda[Any, Any]):
+        pass
+
+    named = Named(double)
+    named.metadata = {"model": model}
+    return [fills, chooses, sorts, Lazy(), named]
+
+
+def test_what_the_code_changes_counts_as_it_was_configured() -> None:
+    """Two nodes made for two models differ, also where their code writes to what says so."""
+    for one, other in zip(_configured("a"), _configured("c"), strict=True):
+        before = fingerprint(one)
+        assert before != fingerprint(other)
+        if not isinstance(one, RunnableLambda):
+            one({})
+            assert fingerprint(one) == before
+    for one, same in zip(_configured("a"), _configured("a"), strict=True):
+        assert fingerprint(one) == fingerprint(same)
+
+
 SEEN: list[Any] = []
 TOTAL = 0
 STEPS = itertools.count()

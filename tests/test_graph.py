@@ -919,3 +919,19 @@ async def test_node_defaults_apply() -> None:
     stats = graph.perf.stats().nodes
     assert (default.runs, stats["a"].runs, stats["a"].hits) == (1, 1, 3)
     assert (own.runs, stats["b"].runs, stats["b"].hits) == (1, 1, 3)
+
+
+@pytest.mark.parametrize("name", ["task_id", "__tenant"])
+def test_names_that_only_look_like_langgraphs_are_the_users(name: str) -> None:
+    """What a user puts into ``configurable`` is in the key, whatever it is called."""
+    builder = StateGraph(State)
+
+    def node(state: State, config: RunnableConfig) -> Any:
+        return {"answer": config["configurable"][name]}
+
+    builder.add_node("node", node, cache_policy=CachePolicy(version=1))
+    with MemoryCache() as cache:
+        graph = builder.add_edge(START, "node").compile(cache=cache)
+        for user in ("alice", "bob"):
+            told = graph.invoke({}, {"configurable": {name: user}})
+            assert told["answer"] == user

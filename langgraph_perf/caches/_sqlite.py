@@ -272,7 +272,7 @@ class Database:
                 try:
                     self._prepare()
                     break
-                except sqlite3.DatabaseError as exc:
+                except (sqlite3.DatabaseError, UnicodeDecodeError) as exc:
                     # `_connect` or the line below has set the file aside
                     if attempt == 2 or not is_damage(exc):
                         raise
@@ -399,6 +399,8 @@ class Database:
 
 def is_damage(exc: BaseException) -> bool:
     """Whether ``exc`` says that the database file itself is broken."""
+    if isinstance(exc, UnicodeDecodeError):
+        return True  # in the schema: all that this library reads as text is ASCII
     if not isinstance(exc, sqlite3.DatabaseError):
         return False
     code = getattr(exc, "sqlite_errorcode", None)  # Python 3.11

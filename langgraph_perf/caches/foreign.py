@@ -17,6 +17,7 @@ from langgraph.cache.base import BaseCache, FullKey, Namespace
 from langgraph.cache.memory import InMemoryCache
 
 from langgraph_perf._locks import new_lock
+from langgraph_perf._within import within
 from langgraph_perf.caches.base import (
     Cache,
     CacheStats,
@@ -211,7 +212,7 @@ class ForeignCache(TokenCache):
         if not self.blocking:
             return fn(*args)
         work = afn(*args) if self._native else asyncio.wrap_future(self._workers.run(fn, args))
-        return await asyncio.wait_for(work, self.deadline)
+        return await within(self.deadline, work)
 
     def _after_fork(self) -> None:
         super()._after_fork()

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from langgraph.cache.base import FullKey, Namespace
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
+from langgraph_perf._within import within
 from langgraph_perf.caches._redis_connect import Source, unusable
 from langgraph_perf.caches._redis_lines import AsyncLine, ClusterLine, Line, Trips
 from langgraph_perf.caches._redis_listener import Listener
@@ -465,7 +466,7 @@ class RedisCache(RedisSteps):
 
 async def _heard(event: asyncio.Event, seconds: float) -> bool:
     try:
-        await asyncio.wait_for(event.wait(), seconds)
+        await within(seconds, event.wait())
     except asyncio.TimeoutError:
         return False
     return True

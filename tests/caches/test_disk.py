@@ -1078,3 +1078,16 @@ def test_old_leases_are_swept(disk, clock):
     clock.advance(11)
     disk.write(KEY, entry())
     assert sql(disk, "SELECT count(*) FROM Leases") == [(0,)]
+
+
+def test_a_schema_that_is_no_text_is_damage(tmp_path: Path) -> None:
+    """SQLite hands it on, and Python cannot read it: the file is set aside like any damaged one."""
+    with DiskCache(tmp_path / "cache") as cache:
+        cache.write(KEY, entry())
+    file = next(path for path in (tmp_path / "cache").iterdir() if b"CREATE" in path.read_bytes())
+    raw = bytearray(file.read_bytes())
+    raw[raw.index(b"CREATE") + 2] = 0xFF
+    file.write_bytes(raw)
+    with DiskCache(tmp_path / "cache") as cache:
+        assert cache.write(KEY, entry())
+        assert cache.read([Lookup(KEY)]) != [None]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from uuid import uuid4
 
 import pytest
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.func import task
 from langgraph.graph import START
 from langgraph.graph import StateGraph as LangGraphStateGraph
 from langgraph.types import Command, interrupt
@@ -1053,3 +1055,46 @@ async def test_a_cancelled_write_leaves_nothing_of_a_deleted_thread(tmp_path: Pa
         assert cache.stats().entries == 1
         written.set()
         await auntil(lambda: cache.stats().entries == 0)
+
+
+@pytest.mark.parametrize("durability", ["async", "exit"])
+def test_what_tasks_inside_were_told_is_nobody_elses(durability: Any) -> None:
+    """A task of LangGraph's in a node has its answer, the node fails after it and goes on later:
+    the answer comes from the checkpoint, and what is made of it answers no other thread."""
+    failures = [ValueError("transient")]
+
+    @task
+    def ask() -> str:
+        return str(interrupt("sure?"))
+
+    def node(state: State) -> State:
+        said = ask().result()
+        if failures:
+            raise failures.pop()
+        return {"answer": said}
+
+    with MemoryCache() as cache:
+        graph = build(node, cache, CachePolicy(key=["query"], version=1), InMemorySaver())
+        config: Any = {"configurable": {"thread_id": "a"}}
+        asked = graph.invoke({"query": "q"}, config, durability=durability)["__interrupt__"][0]
+        with pytest.raises(ValueError, match="transient"):
+            graph.invoke(Command(resume={asked.id: "yes"}), config, durability=durability)
+        assert graph.invoke(None, config, durability=durability)["answer"] == "yes"
+        assert "__interrupt__" in run(graph, "b")
+
+
+def test_hidden_memory_is_not_replayed() -> None:
+    """A graph that remembers its earlier runs, inside a node in which LangGraph does not see it."""
+
+    class Memory(TypedDict, total=False):
+        path: Annotated[list[str], operator.add]
+
+    hidden = LangGraphStateGraph(Memory).add_node("add", lambda state: {"path": ["x"]})
+    inner = {"graph": hidden.add_edge(START, "add").compile(checkpointer=True)}
+
+    def node(state: State) -> State:
+        return {"answer": str(len(inner["graph"].invoke({})["path"]))}
+
+    with MemoryCache() as cache:
+        graph = build(node, cache, CachePolicy(key=["query"], version=1), InMemorySaver())
+        assert [run(graph, "t")["answer"] for _ in range(3)] == ["1", "2", "3"]
