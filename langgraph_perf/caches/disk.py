@@ -144,7 +144,7 @@ class DiskCache(TokenCache):
         if len(keys) != 1 or self._closed:
             return super().get(keys)
         try:
-            entry = self._one(Lookup(keys[0]))
+            entry = self._one(keys[0], (), None, False)
         except Exception as exc:
             self._missed("read", exc)
             return {}
@@ -159,19 +159,21 @@ class DiskCache(TokenCache):
         """One answer for each lookup, in order; only servable entries."""
         if len(lookups) != 1 or self._closed:
             return super().read(lookups)
-        return [self._one(lookups[0])]
+        return [self._one(*lookups[0])]
 
-    def _one(self, lookup: Lookup) -> Entry | None:
-        digest = key_digest(lookup.key)
+    def _one(
+        self, key: FullKey, tags: tuple[str, ...], max_age: float | None, fresh: bool
+    ) -> Entry | None:
+        digest = key_digest(key)
         for head, body in self._db.rows(_SELECT_ONE, (digest,)):
             try:
                 entry = unseal(digest, head, body, self.value_serde)
             except DamagedEntry:
                 self._tally.add(damaged=1)
                 break
-            if entry[2:4] != _UNBOUND or lookup.tags or lookup.max_age is not None:
+            if entry[2:4] != _UNBOUND or tags or max_age is not None:
                 current = self.peek_tags({tag for tag, _ in entry.deps})
-                if not servable(entry, lookup, current, self.clock()):
+                if not servable(entry, Lookup(key, tags, max_age, fresh), current, self.clock()):
                     break
             self._tally.hit()
             return entry
