@@ -100,22 +100,30 @@ class Subject:
 
 def together(subjects: list[Subject], operation: str, *args: Any) -> list[Any]:
     """What one operation, called on all of them at the same time, returns for each."""
-    loop = subjects[0]._loop
+    return [answer for (answer,) in at_once(*[[(each, operation, *args)] for each in subjects])]
+
+
+def at_once(*turns: list[tuple[Any, ...]]) -> list[list[Any]]:
+    """What the calls of each turn return, made one after another while the other turns are taken; a
+    call is a subject, an operation and its arguments."""
+    loop: asyncio.AbstractEventLoop | None = turns[0][0][0]._loop
     if loop is not None:
 
-        async def called() -> list[Any]:
-            calls = [getattr(subject.cache, f"a{operation}") for subject in subjects]
-            return await asyncio.gather(*[call(*args) for call in calls])
+        async def awaited(turn: list[tuple[Any, ...]]) -> list[Any]:
+            return [await getattr(on.cache, f"a{name}")(*args) for on, name, *args in turn]
 
-        return loop.run_until_complete(called())
-    barrier = Barrier(len(subjects))
+        async def all_awaited() -> list[list[Any]]:
+            return await asyncio.gather(*[awaited(turn) for turn in turns])
 
-    def call(subject: Subject) -> Any:
+        return loop.run_until_complete(all_awaited())
+    barrier = Barrier(len(turns))
+
+    def taken(turn: list[tuple[Any, ...]]) -> list[Any]:
         barrier.wait(60)
-        return getattr(subject.cache, operation)(*args)
+        return [getattr(on.cache, name)(*args) for on, name, *args in turn]
 
-    with _often_switched(), ThreadPoolExecutor(len(subjects)) as threads:
-        return list(threads.map(call, subjects))
+    with _often_switched(), ThreadPoolExecutor(len(turns)) as threads:
+        return list(threads.map(taken, turns))
 
 
 def meanwhile(work: Callable[[], None], *others: Callable[[], None]) -> None:
@@ -687,6 +695,42 @@ class LeaseConformance(CacheConformance):
         assert cache.renew(lease) is None
         assert cache.renew(new) is not None
 
+    def test_lease_given_back_is_not_renewed(self, cache: Subject) -> None:
+        """Whoever gave a lease back, or stored with it, takes nothing by renewing it."""
+        lease = cache.acquire(KEY)
+        cache.release(lease)
+        assert cache.renew(lease) is None
+        new = cache.acquire(KEY)
+        assert new is not None
+        assert cache.write(KEY, entry(), new) is True
+        assert cache.renew(lease) is cache.renew(new) is None
+        assert cache.acquire(KEY) is not None
+
+    def test_many_leases_renew(self, cache: Subject, clock: Clock) -> None:
+        """``renew_many`` answers for each lease what ``renew`` does, in order, and does it."""
+        seconds = cache.cache.lease_seconds
+        keys = [(("n",), str(i)) for i in range(6)]
+        lost = cache.acquire(keys[1])
+        clock.advance(seconds)
+        leases = [cache.acquire(key) for key in keys]
+        taken = leases[1]
+        leases[1] = lost
+        cache.release(leases[3])
+        clock.advance(seconds * 0.75)
+        renewed: list[Any] = cache.cache.renew_many(leases)
+        assert [lease and lease.key for lease in renewed] == [
+            None if i in (1, 3) else key for i, key in enumerate(keys)
+        ]
+        assert {lease.expires for lease in renewed if lease} == {clock() + seconds}
+        assert cache.renew(taken) is not None
+        assert cache.cache.renew_many([]) == []
+        clock.advance(seconds * 0.75)
+        assert [cache.acquire(key) is None for key in keys] == [i != 3 for i in range(6)]
+        assert cache.write(keys[5], entry(), renewed[5]) is True
+        clock.advance(seconds)
+        assert cache.acquire(keys[4]) is not None
+        assert cache.cache.renew_many([leases[4], leases[5]]) == [None, None]
+
     def test_late_release(self, cache: Subject, clock: Clock) -> None:
         """Giving back a lease that was lost leaves its new holder alone."""
         old = cache.acquire(KEY)
@@ -729,6 +773,51 @@ class LeaseConformance(CacheConformance):
         assert cache.write(KEY, entry(b"older"), lease) is False
         assert (cache.one()).payload == b"newer"
 
+    def test_one_of_many_stores_with_it(self, cache: Subject) -> None:
+        """Of those who bring a result with the same lease at the same time one stores it."""
+        for i in range(20):
+            key = (("n",), str(i))
+            lease = cache.acquire(key)
+            stored = together([cache] * 4, "write", key, entry(), lease)
+            assert sorted(stored) == [False, False, False, True]
+
+    def test_newer_result_stays(self, cache: Subject) -> None:
+        """A holder stores nothing over what came without a lease, not even at the same time."""
+        self.compete(cache, cache)
+
+    def compete(self, cache: Subject, other: Subject) -> None:
+        """Store with a lease here and without one there, at the same time."""
+        if cache.cache.layered:
+            return  # each layer has the one or the other
+        for i in range(20):
+            key = (("n",), str(i))
+            older = [(cache, "write", key, entry(b"older"), cache.acquire(key))]
+            newer = [(other, "write", key, entry(b"newer"))]
+            at_once(*((older, newer) if i % 2 else (newer, older)))
+            assert cache.one(key).payload == other.one(key).payload == b"newer"
+
+    def test_successors_are_left_alone(self, cache: Subject) -> None:
+        """Once a lease is given back, nothing that is done with it meanwhile, be it at the same
+        time, takes the key from its next holder."""
+        self.succeed(cache, cache)
+
+    def succeed(self, cache: Subject, other: Subject) -> None:
+        """Give leases back here while they are used there, and see what successors have."""
+        for i in range(24):
+            key = (("n",), str(i))
+            lease = cache.acquire(key)
+            given = (cache, "write", key, entry(), lease) if i % 2 else (cache, "release", lease)
+            used = (
+                (other, "renew", lease),
+                (other, "release", lease),
+                (other, "write", key, entry(), lease),
+            )[i // 2 % 3]
+            turns = [given, (cache, "acquire", key)], [used]
+            new = at_once(*turns)[0][1] if i < 12 else at_once(*turns[::-1])[1][1]
+            assert new is not None
+            assert other.acquire(key) is None
+            assert cache.write(key, entry(), new) is True
+
     def test_leases_outlast_clear(self, cache: Subject) -> None:
         """Clearing entries does not let a second holder in."""
         cache.acquire(KEY)
@@ -741,6 +830,7 @@ class LeaseConformance(CacheConformance):
         cache.close()
         assert cache.acquire(KEY) is not None
         assert cache.renew(lease) is None
+        assert cache.cache.renew_many([lease]) == [None]
         cache.release(lease)
         assert cache.write(KEY, entry(), lease) is False
 
@@ -835,6 +925,14 @@ class SharedConformance(LeaseConformance, TagConformance):
         for i in range(20):
             leases = together([cache, other] * 2, "acquire", (("n",), str(i)))
             assert len([lease for lease in leases if lease is not None]) == 1
+
+    def test_newer_result_stays_for_both(self, cache: Subject, other: Subject) -> None:
+        """A holder here stores nothing over what came without a lease there."""
+        self.compete(cache, other)
+
+    def test_successors_of_both_are_left_alone(self, cache: Subject, other: Subject) -> None:
+        """What is done there with a lease given back here takes nothing from its next holder."""
+        self.succeed(cache, other)
 
     def test_closed_caches_do_not_pretend(self, cache: Subject, other: Subject) -> None:
         """A closed cache cannot tell the others: ``invalidate`` and ``clear`` say so."""

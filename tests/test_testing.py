@@ -98,10 +98,11 @@ class SharedCache(Cache):
     def write(self, key, entry, lease=None):
         if self._closed:
             return False
-        if lease is not None and self.holder(key) != lease.token:
-            return False
-        self.leases.pop(key, None)
-        self.entries[key] = entry
+        with lock:
+            if lease is not None and self.holder(key) != lease.token:
+                return False
+            self.leases.pop(key, None)
+            self.entries[key] = entry
         self._tally.add(writes=1)
         return True
 
@@ -139,15 +140,20 @@ class SharedCache(Cache):
         return lease
 
     def renew(self, lease):
-        if self._closed or self.holder(lease.key) != lease.token:
-            return None
+        with lock:
+            if self._closed or self.holder(lease.key) != lease.token:
+                return None
+            return self.prolong(lease)
+
+    def prolong(self, lease):
         lease = lease._replace(expires=self.clock() + self.lease_seconds)
         self.leases[lease.key] = lease.token, lease.expires
         return lease
 
     def release(self, lease):
-        if self.holder(lease.key) == lease.token:
-            del self.leases[lease.key]
+        with lock:
+            if self.holder(lease.key) == lease.token:
+                del self.leases[lease.key]
 
     def pause(self, key, seconds):
         pass
