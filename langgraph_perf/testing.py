@@ -97,6 +97,10 @@ class Subject:
         (found,) = self.read([Lookup(key, tags, max_age)])
         return found
 
+    def at_hand(self, key: Any = KEY, tags: tuple[str, ...] = (), max_age: Any = None) -> Any:
+        """What a single lookup finds without waiting for anything, if the cache ever does."""
+        return self.cache.read_now(Lookup(key, tags, max_age))
+
 
 def together(subjects: list[Subject], operation: str, *args: Any) -> list[Any]:
     """What one operation, called on all of them at the same time, returns for each."""
@@ -284,6 +288,32 @@ class CacheConformance:
         for ages in ([5, None, 50, 5], [None, 5, 5, 50]):
             asked = [Lookup(key, (), age) for key, age in zip(keys, ages, strict=True)]
             assert [found is None for found in cache.read(asked)] == [age == 5 for age in ages]
+
+    def test_at_hand_is_what_is_found(self, cache: Subject, clock: Clock) -> None:
+        """``read_now`` has nothing that is absent, expired, too old for the lookup or replaced."""
+        assert cache.at_hand() is None
+        stored = entry(expires=clock() + 10)
+        cache.write(KEY, stored)
+        for _ in range(3):
+            assert cache.one() == stored
+            assert cache.at_hand() in (None, stored)
+        assert cache.at_hand((KEY[0], "other")) is cache.at_hand((("n",), KEY[1])) is None
+        clock.advance(5)
+        assert cache.at_hand(max_age=5) is None
+        assert cache.at_hand() in (None, stored)
+        clock.advance(5)
+        assert cache.at_hand() is None
+        for cleared in ([KEY[0]], None):
+            for payload in (b"1", b"2"):
+                cache.write(KEY, entry(payload))
+                assert cache.at_hand() in (None, entry(payload))
+                assert cache.one() == cache.one() == entry(payload)
+            cache.clear(cleared)
+            assert cache.at_hand() is None
+        cache.write(KEY, entry())
+        assert cache.one() == cache.one() == entry()
+        cache.close()
+        assert cache.at_hand() is None
 
     # -- clearing ---------------------------------------------------------------------------------
 
@@ -520,6 +550,42 @@ class TagConformance(CacheConformance):
         ]
         assert (cache.stats()).invalidations == 3
 
+    def test_invalidate_takes_all_it_is_given(self, cache: Subject) -> None:
+        """However many tags are named, and in whatever order, none is left out."""
+        keys = [(("n",), str(i)) for i in range(6)]
+        for key in keys:
+            cache.write(key, entry(deps=self.tagged(cache, key[1])))
+        for gone, names in (("13", "31"), ("1345", "435")):
+            cache.invalidate(*names)
+            found = cache.read([Lookup(key) for key in keys])
+            assert [e is None for e in found] == [name in gone for _, name in keys]
+        many = [tag_id(f"many {i}") for i in range(1200)]
+        before = cache.tag_tokens(many)
+        cache.drop_tags(many)
+        assert set(before).isdisjoint(cache.tag_tokens(many))
+
+    def test_at_hand_is_what_is_valid(self, cache: Subject) -> None:
+        """``read_now`` has nothing that an invalidation or a tag of the lookup excludes, and
+        ``knows`` knows no token that is not current."""
+        knows = cache.cache.knows
+        assert not knows([(tag_id("docs"), "0" * 16)])
+        for gone in ("docs", "user"):
+            docs, user = deps = self.tagged(cache, "docs", "user")
+            stored = entry(deps=deps)
+            cache.write(KEY, stored)
+            for tags in ((), (docs[0],), (docs[0], user[0])) * 2:
+                assert cache.one(tags=tags) == stored
+                assert cache.at_hand(tags=tags) in (None, stored)
+            assert cache.at_hand(tags=(docs[0], tag_id("other"))) is None
+            assert not knows([docs, (user[0], "0" * 16)])
+            cache.invalidate(gone)
+            assert cache.at_hand() is None
+            assert not knows(deps)
+            assert not knows([dep for dep in deps if dep[0] == tag_id(gone)])
+            self.tagged(cache, gone)
+            assert cache.at_hand() is None
+            assert not knows(deps)
+
     def test_entries_keep_their_dependencies(self, cache: Subject) -> None:
         """``deps`` come back as they were given."""
         stored = entry(deps=self.tagged(cache, "a", "b"))
@@ -580,10 +646,13 @@ class TagConformance(CacheConformance):
                     deps = ((tag, cache.tag_tokens([tag])[0]),)
                     cache.drop_tags([tag])
                     cache.write(KEY, entry(deps=deps))
-                    served.extend(filter(None, cache.read([Lookup(KEY)])))
+                    found = [cache.read_now(Lookup(KEY)), *cache.read([Lookup(KEY)])]
+                    served.extend(filter(None, found))
 
             def looks() -> None:
-                served.extend(filter(None, cache.read([Lookup(KEY, (tag,))] * 50)))
+                lookup = Lookup(KEY, (tag,))
+                found = [cache.read_now(lookup), *cache.read([lookup] * 50)]
+                served.extend(filter(None, found))
 
             def asks() -> None:
                 cache.tag_tokens([tag])
@@ -859,6 +928,7 @@ class SharedConformance(LeaseConformance, TagConformance):
             cache.write(KEY, entry(str(i).encode(), deps=self.tagged(cache, "docs")))
             assert other.one().payload == other.one().payload == str(i).encode()
             cache.invalidate("docs")
+            assert other.at_hand() is None
             assert other.one() is None
 
     def test_clears_are_shared(self, cache: Subject, other: Subject) -> None:
@@ -868,6 +938,7 @@ class SharedConformance(LeaseConformance, TagConformance):
             assert other.one() is not None
             assert other.one() is not None
             cache.clear(namespaces)
+            assert other.at_hand() is None
             assert other.one() is None
 
     def test_results_older_than_anothers_invalidation(self, cache: Subject, other: Subject) -> None:
