@@ -172,7 +172,7 @@ class CacheConformance:
 
     def make(self, directory: Path, clock: Clock) -> Cache:
         """A cache that reads ``clock``; empty, when it is the first one for this ``directory``,
-        in which it may keep files."""
+        in which it may keep files. What others share, they share in one ``directory`` alone."""
         raise NotImplementedError(f"{type(self).__name__} must define make(self, directory, clock)")
 
     def make_clock(self, directory: Path) -> Clock:
@@ -912,6 +912,16 @@ class SharedConformance(LeaseConformance, TagConformance):
         with self.made(tmp_path, clock) as other:
             yield Subject(other, loop)
 
+    @pytest.fixture
+    def elsewhere(
+        self, cache: Subject, loop: Any, tmp_path: Path, clock: Clock
+    ) -> Iterator[Subject]:
+        # one name begins with the other: a backend must still tell the two places apart
+        directory = tmp_path.with_name(f"{tmp_path.name}x")
+        directory.mkdir()
+        with self.made(directory, clock) as elsewhere:
+            yield Subject(elsewhere, loop)
+
     def test_entries_are_shared(self, cache: Subject, other: Subject) -> None:
         """What one stores the other serves."""
         stored = entry(deps=self.tagged(cache, "docs"))
@@ -940,6 +950,34 @@ class SharedConformance(LeaseConformance, TagConformance):
             cache.clear(namespaces)
             assert other.at_hand() is None
             assert other.one() is None
+
+    def test_places_do_not_meet(self, cache: Subject, elsewhere: Subject) -> None:
+        """What is opened in another place sees nothing of what is here, and loses nothing when it
+        is invalidated, cleared or closed."""
+        keys = [KEY, (OWNERS[0], "k")]
+        free = (("n",), "free")
+
+        def there() -> list[bytes | None]:
+            return [e and e.payload for e in elsewhere.read([Lookup(key) for key in keys])]
+
+        for key in keys:
+            cache.write(key, entry(b"here", deps=self.tagged(cache, "docs")))
+        assert there() == [None, None]
+        for key in keys:
+            elsewhere.write(key, entry(b"there", deps=self.tagged(elsewhere, "docs")))
+        assert [e.payload for e in cache.read([Lookup(key) for key in keys])] == [b"here"] * 2
+        assert cache.acquire(free) is not None
+        lease = elsewhere.acquire(free)
+        assert lease is not None
+        cache.invalidate("docs")
+        assert there() == [b"there"] * 2
+        for namespaces in ([KEY[0], OWNERS[0]], None):
+            cache.clear(namespaces)
+            assert there() == [b"there"] * 2
+        cache.close()
+        assert there() == [b"there"] * 2
+        assert elsewhere.acquire(free) is None
+        assert elsewhere.write(free, entry(), lease) is True
 
     def test_results_older_than_anothers_invalidation(self, cache: Subject, other: Subject) -> None:
         """What was begun before an invalidation elsewhere and stored after it is not served."""
