@@ -97,25 +97,37 @@ class Subject:
         (found,) = self.read([Lookup(key, tags, max_age)])
         return found
 
+    def at_hand(self, key: Any = KEY, tags: tuple[str, ...] = (), max_age: Any = None) -> Any:
+        """What a single lookup finds without waiting for anything, if the cache ever does."""
+        return self.cache.read_now(Lookup(key, tags, max_age))
+
 
 def together(subjects: list[Subject], operation: str, *args: Any) -> list[Any]:
     """What one operation, called on all of them at the same time, returns for each."""
-    loop = subjects[0]._loop
+    return [answer for (answer,) in at_once(*[[(each, operation, *args)] for each in subjects])]
+
+
+def at_once(*turns: list[tuple[Any, ...]]) -> list[list[Any]]:
+    """What the calls of each turn return, made one after another while the other turns are taken; a
+    call is a subject, an operation and its arguments."""
+    loop: asyncio.AbstractEventLoop | None = turns[0][0][0]._loop
     if loop is not None:
 
-        async def called() -> list[Any]:
-            calls = [getattr(subject.cache, f"a{operation}") for subject in subjects]
-            return await asyncio.gather(*[call(*args) for call in calls])
+        async def awaited(turn: list[tuple[Any, ...]]) -> list[Any]:
+            return [await getattr(on.cache, f"a{name}")(*args) for on, name, *args in turn]
 
-        return loop.run_until_complete(called())
-    barrier = Barrier(len(subjects))
+        async def all_awaited() -> list[list[Any]]:
+            return await asyncio.gather(*[awaited(turn) for turn in turns])
 
-    def call(subject: Subject) -> Any:
+        return loop.run_until_complete(all_awaited())
+    barrier = Barrier(len(turns))
+
+    def taken(turn: list[tuple[Any, ...]]) -> list[Any]:
         barrier.wait(60)
-        return getattr(subject.cache, operation)(*args)
+        return [getattr(on.cache, name)(*args) for on, name, *args in turn]
 
-    with _often_switched(), ThreadPoolExecutor(len(subjects)) as threads:
-        return list(threads.map(call, subjects))
+    with _often_switched(), ThreadPoolExecutor(len(turns)) as threads:
+        return list(threads.map(taken, turns))
 
 
 def meanwhile(work: Callable[[], None], *others: Callable[[], None]) -> None:
@@ -160,7 +172,7 @@ class CacheConformance:
 
     def make(self, directory: Path, clock: Clock) -> Cache:
         """A cache that reads ``clock``; empty, when it is the first one for this ``directory``,
-        in which it may keep files."""
+        in which it may keep files. What others share, they share in one ``directory`` alone."""
         raise NotImplementedError(f"{type(self).__name__} must define make(self, directory, clock)")
 
     def make_clock(self, directory: Path) -> Clock:
@@ -287,6 +299,32 @@ class CacheConformance:
         for ages in ([5, None, 50, 5], [None, 5, 5, 50]):
             asked = [Lookup(key, (), age) for key, age in zip(keys, ages, strict=True)]
             assert [found is None for found in cache.read(asked)] == [age == 5 for age in ages]
+
+    def test_at_hand_is_what_is_found(self, cache: Subject, clock: Clock) -> None:
+        """``read_now`` has nothing that is absent, expired, too old for the lookup or replaced."""
+        assert cache.at_hand() is None
+        stored = entry(expires=clock() + 10)
+        cache.write(KEY, stored)
+        for _ in range(3):
+            assert cache.one() == stored
+            assert cache.at_hand() in (None, stored)
+        assert cache.at_hand((KEY[0], "other")) is cache.at_hand((("n",), KEY[1])) is None
+        clock.advance(5)
+        assert cache.at_hand(max_age=5) is None
+        assert cache.at_hand() in (None, stored)
+        clock.advance(5)
+        assert cache.at_hand() is None
+        for cleared in ([KEY[0]], None):
+            for payload in (b"1", b"2"):
+                cache.write(KEY, entry(payload))
+                assert cache.at_hand() in (None, entry(payload))
+                assert cache.one() == cache.one() == entry(payload)
+            cache.clear(cleared)
+            assert cache.at_hand() is None
+        cache.write(KEY, entry())
+        assert cache.one() == cache.one() == entry()
+        cache.close()
+        assert cache.at_hand() is None
 
     # -- clearing ---------------------------------------------------------------------------------
 
@@ -523,6 +561,42 @@ class TagConformance(CacheConformance):
         ]
         assert (cache.stats()).invalidations == 3
 
+    def test_invalidate_takes_all_it_is_given(self, cache: Subject) -> None:
+        """However many tags are named, and in whatever order, none is left out."""
+        keys = [(("n",), str(i)) for i in range(6)]
+        for key in keys:
+            cache.write(key, entry(deps=self.tagged(cache, key[1])))
+        for gone, names in (("13", "31"), ("1345", "435")):
+            cache.invalidate(*names)
+            found = cache.read([Lookup(key) for key in keys])
+            assert [e is None for e in found] == [name in gone for _, name in keys]
+        many = [tag_id(f"many {i}") for i in range(1200)]
+        before = cache.tag_tokens(many)
+        cache.drop_tags(many)
+        assert set(before).isdisjoint(cache.tag_tokens(many))
+
+    def test_at_hand_is_what_is_valid(self, cache: Subject) -> None:
+        """``read_now`` has nothing that an invalidation or a tag of the lookup excludes, and
+        ``knows`` knows no token that is not current."""
+        knows = cache.cache.knows
+        assert not knows([(tag_id("docs"), "0" * 16)])
+        for gone in ("docs", "user"):
+            docs, user = deps = self.tagged(cache, "docs", "user")
+            stored = entry(deps=deps)
+            cache.write(KEY, stored)
+            for tags in ((), (docs[0],), (docs[0], user[0])) * 2:
+                assert cache.one(tags=tags) == stored
+                assert cache.at_hand(tags=tags) in (None, stored)
+            assert cache.at_hand(tags=(docs[0], tag_id("other"))) is None
+            assert not knows([docs, (user[0], "0" * 16)])
+            cache.invalidate(gone)
+            assert cache.at_hand() is None
+            assert not knows(deps)
+            assert not knows([dep for dep in deps if dep[0] == tag_id(gone)])
+            self.tagged(cache, gone)
+            assert cache.at_hand() is None
+            assert not knows(deps)
+
     def test_entries_keep_their_dependencies(self, cache: Subject) -> None:
         """``deps`` come back as they were given."""
         stored = entry(deps=self.tagged(cache, "a", "b"))
@@ -583,10 +657,13 @@ class TagConformance(CacheConformance):
                     deps = ((tag, cache.tag_tokens([tag])[0]),)
                     cache.drop_tags([tag])
                     cache.write(KEY, entry(deps=deps))
-                    served.extend(filter(None, cache.read([Lookup(KEY)])))
+                    found = [cache.read_now(Lookup(KEY)), *cache.read([Lookup(KEY)])]
+                    served.extend(filter(None, found))
 
             def looks() -> None:
-                served.extend(filter(None, cache.read([Lookup(KEY, (tag,))] * 50)))
+                lookup = Lookup(KEY, (tag,))
+                found = [cache.read_now(lookup), *cache.read([lookup] * 50)]
+                served.extend(filter(None, found))
 
             def asks() -> None:
                 cache.tag_tokens([tag])
@@ -715,6 +792,42 @@ class LeaseConformance(CacheConformance):
         assert cache.renew(lease) is None
         assert cache.renew(new) is not None
 
+    def test_lease_given_back_is_not_renewed(self, cache: Subject) -> None:
+        """Whoever gave a lease back, or stored with it, takes nothing by renewing it."""
+        lease = cache.acquire(KEY)
+        cache.release(lease)
+        assert cache.renew(lease) is None
+        new = cache.acquire(KEY)
+        assert new is not None
+        assert cache.write(KEY, entry(), new) is True
+        assert cache.renew(lease) is cache.renew(new) is None
+        assert cache.acquire(KEY) is not None
+
+    def test_many_leases_renew(self, cache: Subject, clock: Clock) -> None:
+        """``renew_many`` answers for each lease what ``renew`` does, in order, and does it."""
+        seconds = cache.cache.lease_seconds
+        keys = [(("n",), str(i)) for i in range(6)]
+        lost = cache.acquire(keys[1])
+        clock.advance(seconds)
+        leases = [cache.acquire(key) for key in keys]
+        taken = leases[1]
+        leases[1] = lost
+        cache.release(leases[3])
+        clock.advance(seconds * 0.75)
+        renewed: list[Any] = cache.cache.renew_many(leases)
+        assert [lease and lease.key for lease in renewed] == [
+            None if i in (1, 3) else key for i, key in enumerate(keys)
+        ]
+        assert {lease.expires for lease in renewed if lease} == {clock() + seconds}
+        assert cache.renew(taken) is not None
+        assert cache.cache.renew_many([]) == []
+        clock.advance(seconds * 0.75)
+        assert [cache.acquire(key) is None for key in keys] == [i != 3 for i in range(6)]
+        assert cache.write(keys[5], entry(), renewed[5]) is True
+        clock.advance(seconds)
+        assert cache.acquire(keys[4]) is not None
+        assert cache.cache.renew_many([leases[4], leases[5]]) == [None, None]
+
     def test_late_release(self, cache: Subject, clock: Clock) -> None:
         """Giving back a lease that was lost leaves its new holder alone."""
         old = cache.acquire(KEY)
@@ -757,6 +870,51 @@ class LeaseConformance(CacheConformance):
         assert cache.write(KEY, entry(b"older"), lease) is False
         assert (cache.one()).payload == b"newer"
 
+    def test_one_of_many_stores_with_it(self, cache: Subject) -> None:
+        """Of those who bring a result with the same lease at the same time one stores it."""
+        for i in range(20):
+            key = (("n",), str(i))
+            lease = cache.acquire(key)
+            stored = together([cache] * 4, "write", key, entry(), lease)
+            assert sorted(stored) == [False, False, False, True]
+
+    def test_newer_result_stays(self, cache: Subject) -> None:
+        """A holder stores nothing over what came without a lease, not even at the same time."""
+        self.compete(cache, cache)
+
+    def compete(self, cache: Subject, other: Subject) -> None:
+        """Store with a lease here and without one there, at the same time."""
+        if cache.cache.layered:
+            return  # each layer has the one or the other
+        for i in range(20):
+            key = (("n",), str(i))
+            older = [(cache, "write", key, entry(b"older"), cache.acquire(key))]
+            newer = [(other, "write", key, entry(b"newer"))]
+            at_once(*((older, newer) if i % 2 else (newer, older)))
+            assert cache.one(key).payload == other.one(key).payload == b"newer"
+
+    def test_successors_are_left_alone(self, cache: Subject) -> None:
+        """Once a lease is given back, nothing that is done with it meanwhile, be it at the same
+        time, takes the key from its next holder."""
+        self.succeed(cache, cache)
+
+    def succeed(self, cache: Subject, other: Subject) -> None:
+        """Give leases back here while they are used there, and see what successors have."""
+        for i in range(24):
+            key = (("n",), str(i))
+            lease = cache.acquire(key)
+            given = (cache, "write", key, entry(), lease) if i % 2 else (cache, "release", lease)
+            used = (
+                (other, "renew", lease),
+                (other, "release", lease),
+                (other, "write", key, entry(), lease),
+            )[i // 2 % 3]
+            turns = [given, (cache, "acquire", key)], [used]
+            new = at_once(*turns)[0][1] if i < 12 else at_once(*turns[::-1])[1][1]
+            assert new is not None
+            assert other.acquire(key) is None
+            assert cache.write(key, entry(), new) is True
+
     def test_leases_outlast_clear(self, cache: Subject) -> None:
         """Clearing entries does not let a second holder in."""
         cache.acquire(KEY)
@@ -769,6 +927,7 @@ class LeaseConformance(CacheConformance):
         cache.close()
         assert cache.acquire(KEY) is not None
         assert cache.renew(lease) is None
+        assert cache.cache.renew_many([lease]) == [None]
         cache.release(lease)
         assert cache.write(KEY, entry(), lease) is False
 
@@ -780,6 +939,16 @@ class SharedConformance(LeaseConformance, TagConformance):
     def other(self, cache: Subject, loop: Any, tmp_path: Path, clock: Clock) -> Iterator[Subject]:
         with self.made(tmp_path, clock) as other:
             yield Subject(other, loop)
+
+    @pytest.fixture
+    def elsewhere(
+        self, cache: Subject, loop: Any, tmp_path: Path, clock: Clock
+    ) -> Iterator[Subject]:
+        # one name begins with the other: a backend must still tell the two places apart
+        directory = tmp_path.with_name(f"{tmp_path.name}x")
+        directory.mkdir()
+        with self.made(directory, clock) as elsewhere:
+            yield Subject(elsewhere, loop)
 
     def test_entries_are_shared(self, cache: Subject, other: Subject) -> None:
         """What one stores the other serves."""
@@ -797,6 +966,7 @@ class SharedConformance(LeaseConformance, TagConformance):
             cache.write(KEY, entry(str(i).encode(), deps=self.tagged(cache, "docs")))
             assert other.one().payload == other.one().payload == str(i).encode()
             cache.invalidate("docs")
+            assert other.at_hand() is None
             assert other.one() is None
 
     def test_clears_are_shared(self, cache: Subject, other: Subject) -> None:
@@ -806,7 +976,36 @@ class SharedConformance(LeaseConformance, TagConformance):
             assert other.one() is not None
             assert other.one() is not None
             cache.clear(namespaces)
+            assert other.at_hand() is None
             assert other.one() is None
+
+    def test_places_do_not_meet(self, cache: Subject, elsewhere: Subject) -> None:
+        """What is opened in another place sees nothing of what is here, and loses nothing when it
+        is invalidated, cleared or closed."""
+        keys = [KEY, (OWNERS[0], "k")]
+        free = (("n",), "free")
+
+        def there() -> list[bytes | None]:
+            return [e and e.payload for e in elsewhere.read([Lookup(key) for key in keys])]
+
+        for key in keys:
+            cache.write(key, entry(b"here", deps=self.tagged(cache, "docs")))
+        assert there() == [None, None]
+        for key in keys:
+            elsewhere.write(key, entry(b"there", deps=self.tagged(elsewhere, "docs")))
+        assert [e.payload for e in cache.read([Lookup(key) for key in keys])] == [b"here"] * 2
+        assert cache.acquire(free) is not None
+        lease = elsewhere.acquire(free)
+        assert lease is not None
+        cache.invalidate("docs")
+        assert there() == [b"there"] * 2
+        for namespaces in ([KEY[0], OWNERS[0]], None):
+            cache.clear(namespaces)
+            assert there() == [b"there"] * 2
+        cache.close()
+        assert there() == [b"there"] * 2
+        assert elsewhere.acquire(free) is None
+        assert elsewhere.write(free, entry(), lease) is True
 
     def test_results_older_than_anothers_invalidation(self, cache: Subject, other: Subject) -> None:
         """What was begun before an invalidation elsewhere and stored after it is not served."""
@@ -863,6 +1062,14 @@ class SharedConformance(LeaseConformance, TagConformance):
         for i in range(20):
             leases = together([cache, other] * 2, "acquire", (("n",), str(i)))
             assert len([lease for lease in leases if lease is not None]) == 1
+
+    def test_newer_result_stays_for_both(self, cache: Subject, other: Subject) -> None:
+        """A holder here stores nothing over what came without a lease there."""
+        self.compete(cache, other)
+
+    def test_successors_of_both_are_left_alone(self, cache: Subject, other: Subject) -> None:
+        """What is done there with a lease given back here takes nothing from its next holder."""
+        self.succeed(cache, other)
 
     def test_closed_caches_do_not_pretend(self, cache: Subject, other: Subject) -> None:
         """A closed cache cannot tell the others: ``invalidate`` and ``clear`` say so."""
