@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from langgraph.pregel import _retry
 
 from langgraph_perf import DiskCache, MemoryCache, RedisCache, TieredCache
 from langgraph_perf._backend import Backend
@@ -19,12 +23,49 @@ from .redis_server import new_prefix
 from .redis_server import own_server as own_server
 from .redis_server import proxy as proxy
 from .redis_server import redis_server as redis_server
+from .resources.helpers import auntil
 from .servers import postgres as postgres
 
 
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+class IdleClock:
+    """The clock of LangGraph's ``idle_timeout``, and how often a node reported progress to it."""
+
+    IDLE_TIMEOUT = 0.05
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.reports = 0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    async def outlast(self, run: asyncio.Task[Any]) -> None:
+        """Let twice the timeout go by while ``run`` waits, no more than a report allows at once."""
+        for _ in range(3):
+            reports = self.reports
+            self.now += self.IDLE_TIMEOUT * 0.7
+            await auntil(lambda reports=reports: run.done() or self.reports > reports)
+        assert not run.done()
+
+
+@pytest.fixture
+def idle_clock(monkeypatch: pytest.MonkeyPatch) -> IdleClock:
+    """Time for nodes with an ``idle_timeout`` that goes by as a test lets it."""
+    clock, scope = IdleClock(), _retry._TimedAttemptScope
+    touch = scope.touch
+
+    def report(self: Any) -> None:
+        touch(self)
+        clock.reports += 1
+
+    monkeypatch.setattr(scope, "touch", report)
+    monkeypatch.setattr(_retry, "time", SimpleNamespace(monotonic=clock.monotonic, time=time.time))
+    return clock
 
 
 def make_cache(kind: str, directory: Path, **options: Any) -> Cache:

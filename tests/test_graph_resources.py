@@ -24,7 +24,7 @@ from langgraph.pregel._utils import _runnable_has_native_async
 from langgraph.runtime import Runtime
 from langgraph.store.base import BaseStore
 from langgraph.store.memory import InMemoryStore
-from langgraph.types import Command, RetryPolicy, Send, StreamWriter, interrupt
+from langgraph.types import Command, RetryPolicy, Send, StreamWriter, TimeoutPolicy, interrupt
 from typing_extensions import TypedDict
 
 from langgraph_perf import (
@@ -43,8 +43,9 @@ from langgraph_perf import (
     lease,
 )
 from langgraph_perf._thread_body import on_thread
-from langgraph_perf.resources import Registry, Resource
+from langgraph_perf.resources import Registry, Resource, _lease
 
+from .conftest import IdleClock
 from .resources.helpers import auntil
 
 
@@ -397,6 +398,38 @@ async def test_leases_come_back_after_timeouts_and_cancellation() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     idle(graph)
+
+
+@pytest.mark.parametrize("kind", ["queue", "load", "driver"])
+async def test_a_node_that_waits_for_a_lease_reports_progress(
+    kind: str, idle_clock: IdleClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it queues, has an object made or waits for a driver, it is not idle."""
+    monkeypatch.setattr(_lease, "LOOK_AGAIN_SECONDS", 0.005)
+    go_on = asyncio.Event()
+
+    async def create() -> str:
+        await go_on.wait()
+        return "db"
+
+    @asynccontextmanager
+    async def connect() -> AsyncIterator[str]:
+        yield await create()
+
+    async def node(state: State, db: str) -> State:
+        return {"answer": db}
+
+    queue = Pool(lambda: "db", max_size=1)
+    db = {"queue": queue, "load": Shared(create), "driver": FromContext(connect)}[kind]
+    timeout = TimeoutPolicy(idle_timeout=idle_clock.IDLE_TIMEOUT, refresh_on="heartbeat")
+    graph = build(node, ["db"], {"db": db}, timeout=timeout)
+    async with queue.alease():
+        run = asyncio.create_task(graph.ainvoke({}))
+        await idle_clock.outlast(run)
+    go_on.set()
+    assert (await run)["answer"] == "db"
+    idle(graph)
+    await graph.perf.aclose()
 
 
 async def test_a_wide_fan_out_is_served_completely() -> None:

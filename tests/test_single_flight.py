@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langgraph.errors import NodeTimeoutError
 from langgraph.graph import START
 from langgraph.types import RetryPolicy, TimeoutPolicy
 from typing_extensions import TypedDict
@@ -21,6 +22,7 @@ from typing_extensions import TypedDict
 from langgraph_perf import CachePolicy, DiskCache, MemoryCache, StateGraph, _flight
 from langgraph_perf._backend import Backend
 from langgraph_perf.caches.base import Cache
+from tests.conftest import IdleClock
 
 
 class State(TypedDict, total=False):
@@ -304,6 +306,47 @@ async def test_a_leader_that_times_out_is_followed_by_another(cache: Cache) -> N
     tasks = [asyncio.create_task(graph.ainvoke({"query": "q"})) for _ in range(3)]
     assert [(await task)["answer"] for task in tasks] == ["done"] * 3
     assert 2 <= len(runs) <= 4  # followers that time out in the same tick run for themselves
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+async def test_a_follower_reports_progress_while_it_waits(
+    where: str, tmp_path: Path, idle_clock: IdleClock
+) -> None:
+    """Whoever follows a run, of this process or another one, is not idle."""
+    started, release = asyncio.Event(), asyncio.Event()
+    runs: list[int] = []
+
+    async def node(state: State) -> State:
+        runs.append(1)
+        started.set()
+        await release.wait()
+        return {"answer": "done"}
+
+    timeout = TimeoutPolicy(idle_timeout=idle_clock.IDLE_TIMEOUT, refresh_on="heartbeat")
+    with DiskCache(tmp_path / "cache") as cache, DiskCache(tmp_path / "cache") as other:
+        leading = asyncio.create_task(build(node, cache).ainvoke({"query": "q"}))
+        await started.wait()
+        graph = build(node, cache if where == "here" else other, timeout=timeout)
+        following = asyncio.create_task(graph.ainvoke({"query": "q"}))
+        await idle_clock.outlast(following)
+        release.set()
+        assert await leading == await following == {"query": "q", "answer": "done"}
+    assert runs == [1]
+
+
+async def test_a_body_that_reports_nothing_is_idle(
+    memory: MemoryCache, idle_clock: IdleClock
+) -> None:
+    """Reports are for waiting: what a body itself does not report ends it, as ever."""
+
+    async def node(state: State) -> State:
+        idle_clock.now += 2 * idle_clock.IDLE_TIMEOUT
+        await asyncio.sleep(60)
+        return {"answer": "late"}
+
+    timeout = TimeoutPolicy(idle_timeout=idle_clock.IDLE_TIMEOUT, refresh_on="heartbeat")
+    with pytest.raises(NodeTimeoutError):
+        await build(node, memory, timeout=timeout).ainvoke({"query": "q"})
 
 
 def test_a_node_that_calls_itself_does_not_deadlock(cache: Cache) -> None:
