@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import subprocess
 import sys
 import textwrap
@@ -36,6 +37,7 @@ from langgraph_perf import (
     Shared,
     StateGraph,
     TieredCache,
+    _heartbeat,
     get_cache,
 )
 from langgraph_perf._backend import Backend
@@ -1044,3 +1046,38 @@ async def test_a_refresh_that_exits_ends_nothing_else(clock: Clock, is_async: bo
     assert (await graph.ainvoke(ASK))["answer"] == 1
     await auntil(lambda: idle(graph))
     assert graph.perf.stats().nodes["node"].refusals == {"refresh_failed": 1}
+
+
+def test_graphs_that_share_a_cache_refresh_a_key_once(clock: Clock) -> None:
+    """Compiled from one builder, say for each request, they find each other's runs."""
+    node = Node()
+    with MemoryCache(clock=clock) as cache:
+        graphs = [build(node, cache) for _ in range(5)]
+        for graph in graphs:
+            assert graph.invoke(ASK)["answer"] == 1
+        clock.advance(11)
+        node.gate.clear()
+        for graph in graphs:
+            assert graph.invoke(ASK)["answer"] == 1
+        until(lambda: node.runs == 2)
+        node.gate.set()
+        until(lambda: all(idle(graph) for graph in graphs))
+        assert node.runs == 2
+        assert graphs[-1].invoke(ASK)["answer"] == 2
+
+
+def test_a_run_in_the_background_holds_no_lease_beyond_its_window(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nobody takes a stale result any more: others run the node themselves."""
+    limits: list[float] = []
+    monkeypatch.setattr(_heartbeat, "keep", lambda cache, lease, limit: limits.append(limit))
+    monkeypatch.setattr(_heartbeat, "drop", lambda lease: None)
+    node = Node()
+    with DiskCache(tmp_path / "cache", clock=clock) as cache:
+        graph = build(node, cache)
+        graph.invoke(ASK)
+        clock.advance(11)
+        graph.invoke(ASK)
+        until(lambda: node.runs == 2 and idle(graph))
+    assert limits == [math.inf, STALE.stale_while_revalidate]

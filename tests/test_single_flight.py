@@ -19,7 +19,7 @@ from langgraph.graph import START
 from langgraph.types import RetryPolicy, TimeoutPolicy
 from typing_extensions import TypedDict
 
-from langgraph_perf import CachePolicy, DiskCache, MemoryCache, StateGraph, _flight
+from langgraph_perf import CachePolicy, DiskCache, MemoryCache, StateGraph, _flight, get_cache
 from langgraph_perf._backend import Backend
 from langgraph_perf.caches.base import Cache
 from tests.conftest import IdleClock
@@ -483,3 +483,48 @@ def test_an_invalidation_reaches_followers(cache: Cache) -> None:
         assert after.result(20)["answer"] == "new"
     assert graph.invoke({"query": "q"})["answer"] == "new"
     assert len(runs) == 2
+
+
+def test_calls_inside_others_run_once_across_caches(tmp_path: Path) -> None:
+    """Two caches on one directory are as two processes: an item that both of their nodes need, each
+    in a computation of its own, is computed once."""
+    computing, go_on = threading.Event(), threading.Event()
+    computed: list[str] = []
+
+    def compute() -> str:
+        computed.append("item")
+        computing.set()
+        assert go_on.wait(20)
+        return "item"
+
+    def node(state: State) -> State:
+        return {"answer": get_cache("items").get_or_set("k", compute)}
+
+    with DiskCache(tmp_path / "cache") as cache, DiskCache(tmp_path / "cache") as other:
+        first, second = build(node, cache), build(node, other)
+        with ThreadPoolExecutor(2) as pool:
+            leading = pool.submit(first.invoke, {"query": "one"})
+            assert computing.wait(20)
+            following = pool.submit(second.invoke, {"query": "two"})
+            until(lambda: len(Backend.of(other).flights) == 2)  # the node's and the item's
+            go_on.set()
+            assert leading.result(20)["answer"] == following.result(20)["answer"] == "item"
+    assert computed == ["item"]
+
+
+def test_calls_inside_others_do_not_wait_for_ever(tmp_path: Path) -> None:
+    """Whoever holds the lease may wait for the very computation that the call is part of."""
+    with DiskCache(tmp_path / "cache", lease_seconds=0.3) as cache:
+        graph = build(lambda state: {"answer": get_cache("items").get_or_set("k", str)}, cache)
+        held: list[Any] = []
+        acquire = cache.acquire
+
+        def taken(key: Any) -> Any:
+            if key[0][0] != "langgraph_perf.items":
+                return acquire(key)
+            held.append(key)
+            return None
+
+        cache.acquire = taken  # type: ignore[method-assign]
+        assert graph.invoke({"query": "q"})["answer"] == ""
+        assert len(held) > 1
