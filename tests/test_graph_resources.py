@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langchain_core.runnables.config import run_in_executor
-from langgraph._internal._runnable import RunnableCallable
+from langgraph._internal._runnable import KWARGS_CONFIG_KEYS, RunnableCallable
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.errors import NodeError
 from langgraph.graph import START
@@ -43,6 +43,7 @@ from langgraph_perf import (
     lease,
 )
 from langgraph_perf._thread_body import on_thread
+from langgraph_perf.leases import _LANGGRAPHS_OWN
 from langgraph_perf.resources import Registry, Resource, _lease
 
 from .conftest import IdleClock
@@ -73,10 +74,11 @@ def build(node: Any, resources: Any, given: Any = None, *, cache: Any = None, **
 
 
 def idle(graph: Any) -> None:
-    """Whatever happened, everything came back."""
+    """Whatever happened, everything came back, and nothing was lost or made in vain."""
     for name, stats in graph.perf.stats().resources.items():
         assert stats.in_use == 0, name
         assert stats.waiting == 0, name
+        assert stats.size == stats.idle == stats.loads - stats.closed, name
 
 
 def test_a_resource_is_put_into_its_parameter() -> None:
@@ -602,6 +604,28 @@ def test_wrong_declarations_fail_in_add_node(node: Any, resources: Any, message:
         StateGraph(State).add_node("node", node, resources=resources)
     assert "node 'node'" in str(caught.value)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "parameter", ["config", "error", "previous", "runtime", "store", "writer", "input", "self"]
+)
+@pytest.mark.parametrize("as_list", [False, True])
+def test_parameters_that_are_not_the_nodes_own_are_refused(parameter: str, as_list: bool) -> None:
+    """What LangGraph fills itself, or calls the node with, cannot be leased into."""
+    names: dict[str, Any] = {}
+    exec(f"def node(state, {parameter}): return {{}}", names)
+    resources: Any = [parameter] if as_list else {parameter: "db"}
+    name = parameter if as_list else "db"
+    with pytest.raises(ConfigurationError) as caught:
+        StateGraph(State).add_node("node", names["node"], resources=resources)
+    assert "node 'node'" in str(caught.value)
+    assert f"{parameter!r} is a parameter that LangGraph" in str(caught.value)
+    assert f"resources={{'my_{parameter}': {name!r}}}" in str(caught.value)
+
+
+def test_every_parameter_that_langgraph_fills_is_refused() -> None:
+    """None of them is missing from the list above, nor will be one that LangGraph adds."""
+    assert {kind[0] for kind in KWARGS_CONFIG_KEYS} == set(_LANGGRAPHS_OWN)
 
 
 async def _acreate() -> Connection:
