@@ -452,6 +452,47 @@ async def test_a_wide_fan_out_is_served_completely() -> None:
     idle(graph)
 
 
+@pytest.mark.parametrize("busy", ["leased", "loading"])
+async def test_waiting_for_resources_takes_no_thread_of_others(
+    busy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hundred tasks wait for two resources, and the only thread of the loop's executor is free
+    for somebody else's call meanwhile."""
+    monkeypatch.setattr(_lease, "LOOK_AGAIN_SECONDS", 30.0)
+    go_on, held = threading.Event(), asyncio.Event()
+    events: list[str] = []
+
+    def create() -> Connection:
+        assert busy == "leased" or go_on.wait(20)
+        return Connection()
+
+    async def node(state: State, db: Connection) -> State:
+        await held.wait()
+        events.append("node")
+        return {}
+
+    pool = Pool(create, max_size=2)
+    builder = StateGraph(State).add_node("node", node, resources=["db"])
+    builder.add_conditional_edges(START, lambda state: [Send("node", {})] * 200, ["node"])
+    graph = builder.compile(resources={"db": pool})
+
+    def all_wait() -> bool:
+        stats = pool.stats()
+        there = stats.in_use if busy == "leased" else stats.loading
+        return there == 2 and stats.waiting == 198
+
+    with ThreadPoolExecutor(1) as executor:
+        asyncio.get_running_loop().set_default_executor(executor)
+        run = asyncio.create_task(graph.ainvoke({}))
+        await auntil(all_wait)
+        await asyncio.wait_for(asyncio.to_thread(events.append, "unrelated"), 10)
+        go_on.set()
+        held.set()
+        await run
+    assert events == ["unrelated"] + ["node"] * 200
+    idle(graph)
+
+
 def test_leases_inside_a_body() -> None:
     """``lease`` takes a shorter lease, in functions, Runnables and subgraphs."""
     with_lease = {"db": Pool(Connection, max_size=1)}
