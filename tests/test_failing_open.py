@@ -34,11 +34,17 @@ class State(TypedDict, total=False):
     answer: str
 
 
-def build(cache: Any, **policy: Any) -> Any:
+def done(state: State) -> State:
+    return {"answer": "done"}
+
+
+def about(state: State) -> State:
+    return {"answer": f"about {state['query']}"}
+
+
+def build(cache: Any, node: Any = done, **policy: Any) -> Any:
     builder = StateGraph(State)
-    builder.add_node(
-        "node", lambda state: {"answer": "done"}, cache_policy=CachePolicy(version=1, **policy)
-    )
+    builder.add_node("node", node, cache_policy=CachePolicy(version=1, **policy))
     return builder.add_edge(START, "node").compile(cache=cache)
 
 
@@ -336,17 +342,69 @@ def test_a_full_disk_is_logged_and_the_runs_go_on(tmp_path: Path) -> None:
     assert 1 <= done.stdout.count("LOG write of DiskCache failed") <= 2
 
 
-def test_an_unwritable_disk_is_logged_and_the_runs_go_on(
+async def test_an_unwritable_disk_is_logged_and_the_runs_go_on(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can only be read answers what it knows; each kind of failure is logged once, and the
+    end of the outage too."""
+    caplog.set_level(logging.INFO, "langgraph_perf")
+    with DiskCache(tmp_path / "cache") as cache:
+        cache.__dict__["_backend"] = Backend(cache, clock)
+        graph = build(cache, about, tags=["docs"])
+        assert graph.invoke({"query": "known"})["answer"] == "about known"
+        connected = cache._db._connected
+
+        def read_only() -> Any:
+            handle = connected()
+            handle.con.execute("PRAGMA query_only = 1").fetchall()
+            return handle
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cache._db, "_connected", read_only)
+            cache._db._connections.close_idle()
+            for i in range(6):
+                assert graph.invoke({"query": f"{i}"})["answer"] == f"about {i}"
+                assert (await graph.ainvoke({"query": f"a{i}"}))["answer"] == f"about a{i}"
+                assert graph.invoke({"query": "known"})["answer"] == "about known"
+                clock.advance(FIRST_PAUSE)
+            stats = graph.perf.stats()
+            assert (stats.nodes["node"].runs, stats.nodes["node"].hits) == (13, 6)
+            assert stats.cache.entries == 1
+        cache._db._connections.close_idle()
+        clock.advance(LONGEST_PAUSE)
+        for _ in range(2):
+            assert graph.invoke({"query": "new"})["answer"] == "about new"
+        assert graph.perf.stats().nodes["node"].hits == 7
+    assert [
+        (record.levelname, record.getMessage().partition(" of ")[0]) for record in caplog.records
+    ] == [
+        ("WARNING", "lease"),
+        ("WARNING", "write"),
+        ("INFO", "lease"),
+    ]
+
+
+async def test_a_file_damaged_under_a_graph_is_logged_and_the_runs_go_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A cache whose files vanish or turn unwritable under it costs the hits only."""
+    """What was in it is lost, which is said once; what comes after is stored in a new file."""
+    caplog.set_level(logging.INFO, "langgraph_perf")
     with DiskCache(tmp_path / "cache") as cache:
-        graph = build(cache)
-        graph.invoke({"query": "q"})
+        graph = build(cache, about, tags=["docs"])
+        graph.invoke({"query": "0"})
         for file in (tmp_path / "cache").iterdir():
             file.write_bytes(b"\0" * file.stat().st_size)
-        for i in range(6):
-            assert graph.invoke({"query": str(i)})["answer"] == "done"
+        for _ in range(2):
+            for i in range(6):
+                assert graph.invoke({"query": f"{i}"})["answer"] == f"about {i}"
+                assert (await graph.ainvoke({"query": f"a{i}"}))["answer"] == f"about a{i}"
+        stats = graph.perf.stats()
+        assert (stats.nodes["node"].runs, stats.nodes["node"].hits) == (13, 12)
+        assert stats.failures == {"read: DatabaseError": 1}
+    set_aside, failed = caplog.messages
+    assert "is damaged" in set_aside
+    assert "set aside as cache.db.damaged-1" in set_aside
+    assert failed.startswith("read of DiskCache failed")
 
 
 def test_damaged_entries_are_misses(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langchain_core.runnables.config import run_in_executor
-from langgraph._internal._runnable import RunnableCallable
+from langgraph._internal._runnable import KWARGS_CONFIG_KEYS, RunnableCallable
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.errors import NodeError
 from langgraph.graph import START
@@ -43,6 +43,7 @@ from langgraph_perf import (
     lease,
 )
 from langgraph_perf._thread_body import on_thread
+from langgraph_perf.leases import _LANGGRAPHS_OWN
 from langgraph_perf.resources import Registry, Resource, _lease
 
 from .conftest import IdleClock
@@ -73,10 +74,11 @@ def build(node: Any, resources: Any, given: Any = None, *, cache: Any = None, **
 
 
 def idle(graph: Any) -> None:
-    """Whatever happened, everything came back."""
+    """Whatever happened, everything came back, and nothing was lost or made in vain."""
     for name, stats in graph.perf.stats().resources.items():
         assert stats.in_use == 0, name
         assert stats.waiting == 0, name
+        assert stats.size == stats.idle == stats.loads - stats.closed, name
 
 
 def test_a_resource_is_put_into_its_parameter() -> None:
@@ -450,6 +452,47 @@ async def test_a_wide_fan_out_is_served_completely() -> None:
     idle(graph)
 
 
+@pytest.mark.parametrize("busy", ["leased", "loading"])
+async def test_waiting_for_resources_takes_no_thread_of_others(
+    busy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hundred tasks wait for two resources, and the only thread of the loop's executor is free
+    for somebody else's call meanwhile."""
+    monkeypatch.setattr(_lease, "LOOK_AGAIN_SECONDS", 30.0)
+    go_on, held = threading.Event(), asyncio.Event()
+    events: list[str] = []
+
+    def create() -> Connection:
+        assert busy == "leased" or go_on.wait(20)
+        return Connection()
+
+    async def node(state: State, db: Connection) -> State:
+        await held.wait()
+        events.append("node")
+        return {}
+
+    pool = Pool(create, max_size=2)
+    builder = StateGraph(State).add_node("node", node, resources=["db"])
+    builder.add_conditional_edges(START, lambda state: [Send("node", {})] * 200, ["node"])
+    graph = builder.compile(resources={"db": pool})
+
+    def all_wait() -> bool:
+        stats = pool.stats()
+        there = stats.in_use if busy == "leased" else stats.loading
+        return there == 2 and stats.waiting == 198
+
+    with ThreadPoolExecutor(1) as executor:
+        asyncio.get_running_loop().set_default_executor(executor)
+        run = asyncio.create_task(graph.ainvoke({}))
+        await auntil(all_wait)
+        await asyncio.wait_for(asyncio.to_thread(events.append, "unrelated"), 10)
+        go_on.set()
+        held.set()
+        await run
+    assert events == ["unrelated"] + ["node"] * 200
+    idle(graph)
+
+
 def test_leases_inside_a_body() -> None:
     """``lease`` takes a shorter lease, in functions, Runnables and subgraphs."""
     with_lease = {"db": Pool(Connection, max_size=1)}
@@ -602,6 +645,28 @@ def test_wrong_declarations_fail_in_add_node(node: Any, resources: Any, message:
         StateGraph(State).add_node("node", node, resources=resources)
     assert "node 'node'" in str(caught.value)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "parameter", ["config", "error", "previous", "runtime", "store", "writer", "input", "self"]
+)
+@pytest.mark.parametrize("as_list", [False, True])
+def test_parameters_that_are_not_the_nodes_own_are_refused(parameter: str, as_list: bool) -> None:
+    """What LangGraph fills itself, or calls the node with, cannot be leased into."""
+    names: dict[str, Any] = {}
+    exec(f"def node(state, {parameter}): return {{}}", names)
+    resources: Any = [parameter] if as_list else {parameter: "db"}
+    name = parameter if as_list else "db"
+    with pytest.raises(ConfigurationError) as caught:
+        StateGraph(State).add_node("node", names["node"], resources=resources)
+    assert "node 'node'" in str(caught.value)
+    assert f"{parameter!r} is a parameter that LangGraph" in str(caught.value)
+    assert f"resources={{'my_{parameter}': {name!r}}}" in str(caught.value)
+
+
+def test_every_parameter_that_langgraph_fills_is_refused() -> None:
+    """None of them is missing from the list above, nor will be one that LangGraph adds."""
+    assert {kind[0] for kind in KWARGS_CONFIG_KEYS} == set(_LANGGRAPHS_OWN)
 
 
 async def _acreate() -> Connection:
