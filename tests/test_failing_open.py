@@ -381,6 +381,7 @@ async def test_an_unwritable_disk_is_logged_and_the_runs_go_on(
         ("WARNING", "lease"),
         ("WARNING", "write"),
         ("INFO", "lease"),
+        ("INFO", "write"),
     ]
 
 
