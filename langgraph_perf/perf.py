@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, MutableSet, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSet, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from langgraph.cache.base import BaseCache
 from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.pregel import Pregel
 
 from langgraph_perf._backend import Backend
 from langgraph_perf._binding import CONTROL
@@ -189,24 +190,13 @@ class Perf:
         await self.refreshes.aclose()
 
     def _graphs(self) -> Iterator[tuple[str, CompiledGraph[Any, Any, Any, Any]]]:
-        yield "", self._graph
-        found: dict[str, Any] = dict(self._graph.get_subgraphs(recurse=True))
-        for path, graph in [("", self._graph), *found.items()]:
-            for name, node in graph.nodes.items():
-                # LangGraph leaves out those that were compiled with checkpointer=False
-                if isinstance(node.bound, type(self._graph)):
-                    found.setdefault(f"{path}|{name}".strip("|"), node.bound)
-        for path, graph in found.items():
-            if isinstance(graph, type(self._graph)):
-                yield f"{path}|", graph
+        return _graphs(self._graph, lambda inner: True)
 
     def check_tags(self) -> None:
         """Refuse policies with tags, or of threads, over a cache that cannot invalidate."""
         if self.backend is None or self.backend.cache.supports_tags:
             return
-        for prefix, graph in self._graphs():
-            if prefix and graph.perf.backend is not None:
-                continue  # it has a cache of its own
+        for prefix, graph in _graphs(self._graph, lambda inner: inner.backend is None):
             for name, spec in graph.perf.specs.items():
                 field = _needs_tags(spec.policy)
                 if field is not None:
@@ -221,9 +211,7 @@ class Perf:
         """Refuse nodes that ask for what the graph's resources cannot give."""
         if self.registry is None:
             return  # a parent graph may have them
-        for prefix, graph in self._graphs():
-            if prefix and graph.perf.registry is not None:
-                continue
+        for prefix, graph in _graphs(self._graph, lambda inner: inner.registry is None):
             for name, spec in graph.perf.specs.items():
                 try:
                     for use in spec.uses.values():
@@ -267,6 +255,26 @@ class Perf:
                 )
         names = self.specs if nodes is None else nodes
         return [self.specs[name].namespace for name in names if name in self.specs]
+
+
+def _graphs(
+    graph: CompiledGraph[Any, Any, Any, Any], enter: Callable[[Perf], bool]
+) -> Iterator[tuple[str, CompiledGraph[Any, Any, Any, Any]]]:
+    """``graph`` and those of ours below it, each with the path of its nodes; none of those, and
+    nothing below them, that ``enter`` refuses."""
+    ours = type(graph)
+    level: list[tuple[str, Pregel[Any, Any, Any, Any]]] = [("", graph)]
+    for path, each in level:
+        if isinstance(each, ours):
+            if each is not graph and not enter(each.perf):
+                continue
+            yield path, each
+        found: dict[str, Any] = dict(each.get_subgraphs())
+        for name, node in each.nodes.items():
+            # LangGraph leaves out those that were compiled with checkpointer=False
+            if isinstance(node.bound, Pregel):
+                found.setdefault(name, node.bound)
+        level += [(f"{path}{n}|", inner) for n, inner in found.items() if isinstance(inner, Pregel)]
 
 
 _declared: set[Scope] = set()

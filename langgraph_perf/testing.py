@@ -28,10 +28,12 @@ Needs pytest, and nothing else.
 from __future__ import annotations
 
 import asyncio
+import operator
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Barrier
@@ -130,18 +132,33 @@ def at_once(*turns: list[tuple[Any, ...]]) -> list[list[Any]]:
         return list(threads.map(taken, turns))
 
 
-def meanwhile(work: Callable[[], None], *others: Callable[[], None]) -> None:
-    """Do ``work`` while a thread for each of ``others`` does that again and again."""
+def meanwhile(work: Callable[[Callable[[], None]], None], *others: Callable[[], None]) -> None:
+    """Do ``work`` while a thread for each of ``others`` does that again and again. What ``work``
+    is given waits until each of them has done it twice more: once of it after the call."""
     done = False
+    times = [0] * len(others)
+    progress = threading.Condition()
 
-    def again(other: Callable[[], None]) -> None:
-        while not done:
-            other()
+    def again(number: int) -> None:
+        while not done and not any(each.done() for each in running):
+            others[number]()
+            with progress:
+                times[number] += 1
+                progress.notify_all()
+
+    def turn() -> None:
+        with progress:
+            until = [each + 2 for each in times]
+            while any(map(operator.lt, times, until)):
+                if any(each.done() for each in running):  # it raised
+                    return
+                progress.wait(1)
 
     with _often_switched(), ThreadPoolExecutor(len(others)) as threads:
-        running = [threads.submit(again, other) for other in others]
+        running: list[Future[None]] = []
+        running += [threads.submit(again, number) for number in range(len(others))]
         try:
-            work()
+            work(turn)
         finally:
             done = True
         for each in running:
@@ -652,11 +669,12 @@ class TagConformance(CacheConformance):
         served: list[Entry] = []
         with self.made(tmp_path, clock) as cache:
 
-            def invalidated() -> None:
-                for _ in range(200):
+            def invalidated(turn: Callable[[], None]) -> None:
+                for _ in range(100):
                     deps = ((tag, cache.tag_tokens([tag])[0]),)
                     cache.drop_tags([tag])
                     cache.write(KEY, entry(deps=deps))
+                    turn()
                     found = [cache.read_now(Lookup(KEY)), *cache.read([Lookup(KEY)])]
                     served.extend(filter(None, found))
 

@@ -539,6 +539,28 @@ def test_subgraphs_inherit_resources() -> None:
     assert graph.invoke({"path": []})["path"] == ["root", "root", "own"]
 
 
+def test_graphs_below_one_with_resources_of_its_own_use_those() -> None:
+    """What the root has is neither asked of them nor for them, however deep they are."""
+
+    def node(state: State, db: str) -> State:
+        return {"path": [db]}
+
+    builder = StateGraph(State).add_node("work", node, resources=["db"])
+    inner = builder.add_edge(START, "work").compile()
+    builder = StateGraph(State).add_node("inner", inner).add_edge(START, "inner")
+    middle = builder.compile(resources={"db": Shared(lambda: "middle's")})
+    plain = LangGraphStateGraph(State).add_node("middle", middle).add_edge(START, "middle")
+    for between in (middle, plain.compile(checkpointer=False)):
+        builder = StateGraph(State).add_node("graph", between).add_edge(START, "graph")
+        graph = builder.compile(resources={"other": Shared(lambda: "root's")})
+        assert graph.invoke({"path": []})["path"] == ["middle's"]
+    # and one that brings none is checked, at the same depth
+    builder = StateGraph(State).add_node("inner", inner).add_edge(START, "inner")
+    builder = StateGraph(State).add_node("middle", builder.compile(checkpointer=False))
+    with pytest.raises(ConfigurationError, match=r"'middle\|inner\|work'"):
+        builder.add_edge(START, "middle").compile(resources={"other": Shared(lambda: "root's")})
+
+
 def test_override_replaces_resources_in_tests() -> None:
     """Inside the block runs use the replacement, a resource or a plain object; then no more."""
     real = Shared(lambda: "real")

@@ -149,6 +149,12 @@ def test_tags_of_subgraphs_on_a_foreign_cache_are_refused() -> None:
     outer = StateGraph(State).add_node("inner", inner.add_edge(START, "work").compile())
     with pytest.raises(ConfigurationError, match=r"'inner\|work'"):
         outer.add_edge(START, "inner").compile(cache=InMemoryCache())
+    # but a cache between them is the one they use
+    middle = StateGraph(State).add_node("inner", outer.add_edge(START, "inner").compile())
+    root = StateGraph(State).add_node(
+        "middle", middle.add_edge(START, "inner").compile(cache=MemoryCache())
+    )
+    root.add_edge(START, "middle").compile(cache=InMemoryCache())
 
 
 @pytest.mark.parametrize(
