@@ -16,7 +16,6 @@ import functools
 import logging
 import threading
 import time
-from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -44,7 +43,7 @@ LAST_GRACE = 0.01
 
 
 class Holder(Protocol):
-    """A lease, as far as a core's fast path touches it."""
+    """A lease, as far as a core touches it."""
 
     entry: Entry
     loop: asyncio.AbstractEventLoop | None
@@ -150,16 +149,8 @@ class Core(Ledger):
 
     # -- leasing: called by leases ----------------------------------------------------------------
 
-    @abstractmethod
-    def grab(self, lease: Holder) -> bool:
-        """The fast path in: lease what is idle; ``False`` when it takes more than that."""
-
     def entered(self, lease: Holder) -> None:
         """``lease`` holds what it asked for."""
-
-    @abstractmethod
-    def put(self, lease: Holder) -> bool:
-        """The fast path out; ``False`` when it takes more than to make the object idle."""
 
     def take(self, waiter: Waiter) -> None:
         """Hand ``waiter`` what there is, or queue it.

@@ -1,4 +1,5 @@
-"""Leases: the two thin drivers (blocking, awaiting) of what a core decides.
+"""Leases: the two thin drivers (blocking, awaiting) of what a core decides. Their fast paths are
+beside the core whose state they change.
 
 A lease is used once, as a context manager. One that is garbage collected while it holds something
 is warned about, with where it was taken, and what it held is recovered.
@@ -10,6 +11,7 @@ import asyncio
 import functools
 import sys
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Hashable
 from types import CodeType, TracebackType
 from typing import Any, Generic, TypeVar
@@ -36,6 +38,8 @@ Heartbeat = Callable[[], object]
 LOOK_AGAIN_SECONDS = 1.0
 """How often a waiter looks again without having been woken: to call its heartbeat, and to find what
 an event loop took with it when it was closed."""
+
+_SLOWLY: Any = object()
 
 
 class BaseLease(Generic[T]):
@@ -83,6 +87,22 @@ class BaseLease(Generic[T]):
         if entry is not RELEASED and entry is not UNUSED and entry.state is State.READY:
             _recover(self, entry)
 
+    @abstractmethod
+    def enter(self) -> Any:
+        """The object: the fast path, of what is idle. ``enter_slowly()`` if it takes more."""
+
+    @abstractmethod
+    def enter_slowly(self) -> Any:
+        """What ``enter`` gives when it takes more than the fast path."""
+
+    @abstractmethod
+    def leave(self, exc_type: Any = None, exc: Any = None, tb: Any = None) -> Any:
+        """Give the object back; ``leave_slowly()`` if it takes more than to make it idle."""
+
+    @abstractmethod
+    def leave_slowly(self) -> Any:
+        """What ``leave`` gives when it takes more than the fast path."""
+
     def _begin_entering(self) -> None:
         if self.entry is not UNUSED:
             raise LeaseError(
@@ -106,20 +126,25 @@ class Lease(BaseLease[T]):
 
     __slots__ = ()
 
+    @abstractmethod
     def __enter__(self) -> T:
-        if not self.core.grab(self):
-            self._acquire()
-        return self.entry.obj  # type: ignore[no-any-return]
+        """``enter``."""
 
+    @abstractmethod
     def __exit__(
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        """``leave``."""
+
+    def enter_slowly(self) -> Any:
+        self._acquire()
+        return self.entry.obj
+
+    def leave_slowly(self) -> None:
         core = self.core
-        if core.put(self):
-            return
         if core.hooks.reset is None or core.held(self).state is State.GONE:
             core.release(self)
         else:
@@ -184,9 +209,11 @@ class AsyncLease(BaseLease[T]):
     async def __aenter__(self) -> T:
         if self.core.needs_loop:
             self.loop = asyncio.get_running_loop()
-        if not self.core.grab(self):
+        obj = self.enter()
+        if obj is _SLOWLY:
             await self._acquire()
-        return self.entry.obj  # type: ignore[no-any-return]
+            obj = self.entry.obj
+        return obj  # type: ignore[no-any-return]
 
     async def __aexit__(
         self,
@@ -194,9 +221,9 @@ class AsyncLease(BaseLease[T]):
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        core = self.core
-        if core.put(self):
+        if self.leave() is not _SLOWLY:
             return
+        core = self.core
         if core.hooks.reset is None or core.held(self).state is State.GONE:
             core.release(self)
             return
@@ -211,6 +238,12 @@ class AsyncLease(BaseLease[T]):
                 task.result()
         else:
             await off_loop(functools.partial(_reset, self, obj))
+
+    def enter_slowly(self) -> Any:
+        return _SLOWLY  # which has to be awaited
+
+    def leave_slowly(self) -> Any:
+        return _SLOWLY
 
     async def _acquire(self) -> None:
         self._begin_entering()

@@ -8,11 +8,14 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 from langgraph_perf.resources._core import Core, Holder
 from langgraph_perf.resources._entry import RELEASED, UNUSED, Entry, State
+from langgraph_perf.resources._lease import AsyncLease, BaseLease, Lease
 from langgraph_perf.resources._waiters import Waiter
 
+T = TypeVar("T")
 _Slot = tuple[Hashable, type, "asyncio.AbstractEventLoop | None"]
 """What an object is for. The key's type too: ``1``, ``True`` and ``1.0`` are equal."""
 
@@ -47,34 +50,9 @@ class SharedCore(Core):
         self.slots, self.lines, self.poor = {}, {}, []
         super()._reset()
 
-    def grab(self, lease: Holder) -> bool:
-        with self.lock:
-            if self.quick_in and lease.entry is UNUSED:
-                entry = self.slots.get((lease.key, type(lease.key), lease.loop))
-                if entry is not None and entry.state is State.READY:
-                    entry.leases += 1
-                    lease.entry = entry
-                    self.granted += 1
-        if lease.entry is UNUSED:
-            return False
-        self.entered(lease)
-        return True
-
     def entered(self, lease: Holder) -> None:
         held = [ref for ref in _held.get() if (it := ref()) is not None and it.entry.leases]
         _held.set((*held, weakref.ref(lease)))
-
-    def put(self, lease: Holder) -> bool:
-        now = self.clock()
-        with self.lock:
-            entry = lease.entry
-            armed = self.armed
-            if self.quick_out and armed <= entry.expires and armed <= now + self.reach:
-                lease.entry = RELEASED
-                entry.leases -= 1
-                entry.idle_since = now
-                return True
-        return False
 
     def _idle(self) -> list[Entry]:
         return [e for e in self.slots.values() if e.state is State.READY and not e.leases]
@@ -198,6 +176,54 @@ class SharedCore(Core):
                 self.slots[_slot(entry)] = entry
         for waiter in self.queue:
             self._enqueued(waiter)
+
+
+class _Sharing(BaseLease[T]):
+    __slots__ = ()
+
+    core: SharedCore
+
+    def enter(self) -> Any:
+        core = self.core
+        with core.lock:
+            if core.quick_in and self.entry is UNUSED:
+                entry = core.slots.get((self.key, type(self.key), self.loop))
+                if entry is not None and entry.state is State.READY:
+                    entry.leases += 1
+                    self.entry = entry
+                    core.granted += 1
+        if self.entry is UNUSED:
+            return self.enter_slowly()
+        core.entered(self)
+        return self.entry.obj
+
+    def leave(self, exc_type: Any = None, exc: Any = None, tb: Any = None) -> Any:
+        core = self.core
+        now = core.clock()
+        with core.lock:
+            entry = self.entry
+            armed = core.armed
+            if core.quick_out and armed <= entry.expires and armed <= now + core.reach:
+                self.entry = RELEASED
+                entry.leases -= 1
+                entry.idle_since = now
+                return None
+        return self.leave_slowly()
+
+
+class SharedLease(_Sharing[T], Lease[T]):
+    """For ``with``."""
+
+    __slots__ = ()
+
+    __enter__ = _Sharing.enter
+    __exit__ = _Sharing.leave
+
+
+class AsyncSharedLease(_Sharing[T], AsyncLease[T]):
+    """For ``async with``."""
+
+    __slots__ = ()
 
 
 def _slot(one: Waiter | Entry) -> _Slot:

@@ -9,7 +9,7 @@ from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.resources import _validate
 from langgraph_perf.resources._hooks import Hooks
 from langgraph_perf.resources._ledger import Limits
-from langgraph_perf.resources._shared import SharedCore
+from langgraph_perf.resources._shared import AsyncSharedLease, SharedCore, SharedLease
 from langgraph_perf.resources.resource import CoreResource, owner_name
 
 T = TypeVar("T")
@@ -63,7 +63,12 @@ class Keyed(CoreResource[T]):
             max_overtake=MAX_OVERTAKE_SECONDS,
         )
         hooks = Hooks(owner, create, keyed=True, close=close)
-        super().__init__(SharedCore(hooks, limits), _validate.seconds(owner, "timeout", timeout))
+        super().__init__(
+            SharedCore(hooks, limits),
+            _validate.seconds(owner, "timeout", timeout),
+            SharedLease,
+            AsyncSharedLease,
+        )
 
     def check_key(self, key: Hashable) -> None:
         try:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from langgraph_perf.resources import _validate
-from langgraph_perf.resources._exclusive import ExclusiveCore
+from langgraph_perf.resources._exclusive import AsyncExclusiveLease, ExclusiveCore, ExclusiveLease
 from langgraph_perf.resources._hooks import Hooks
 from langgraph_perf.resources._ledger import Limits
 from langgraph_perf.resources.resource import CoreResource, owner_name
@@ -68,4 +68,9 @@ class Pool(CoreResource[T]):
         if limits.min_size > limits.max_size:
             _validate.refuse(owner, "min_size", min_size, f"at most max_size={max_size}")
         hooks = Hooks(owner, create, check=check, reset=reset, close=close)
-        super().__init__(ExclusiveCore(hooks, limits), _validate.seconds(owner, "timeout", timeout))
+        super().__init__(
+            ExclusiveCore(hooks, limits),
+            _validate.seconds(owner, "timeout", timeout),
+            ExclusiveLease,
+            AsyncExclusiveLease,
+        )

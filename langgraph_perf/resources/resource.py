@@ -7,7 +7,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.resources._core import Core
@@ -144,10 +144,17 @@ class Resource(ABC, Generic[T]):
 class CoreResource(Resource[T]):
     """A resource whose objects are made, kept and closed here."""
 
-    def __init__(self, core: Core, timeout: float | None) -> None:
+    def __init__(
+        self,
+        core: Core,
+        timeout: float | None,
+        new_lease: type[Lease[Any]],
+        new_async_lease: type[AsyncLease[Any]],
+    ) -> None:
         super().__init__(core.hooks.owner)
         self._core = core
         self._timeout = timeout
+        self._new_lease, self._new_async_lease = new_lease, new_async_lease
 
     def _rename(self, owner: str) -> None:
         self._owner = self._core.hooks.owner = owner
@@ -176,7 +183,7 @@ class CoreResource(Resource[T]):
             self._refuse_sync()
         if key is not None or self.keyed:
             self.check_key(key)
-        lease: Lease[T] = Lease()
+        lease: Lease[T] = self._new_lease()
         lease.entry = UNUSED
         lease.core = core
         lease.key = key
@@ -197,7 +204,7 @@ class CoreResource(Resource[T]):
     ) -> AsyncLease[T]:
         if key is not None or self.keyed:
             self.check_key(key)
-        lease: AsyncLease[T] = AsyncLease()
+        lease: AsyncLease[T] = self._new_async_lease()
         lease.entry = UNUSED
         lease.core = self._core
         lease.key = key

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from langgraph_perf.resources import _validate
 from langgraph_perf.resources._hooks import Hooks
 from langgraph_perf.resources._ledger import Limits
-from langgraph_perf.resources._shared import SharedCore
+from langgraph_perf.resources._shared import AsyncSharedLease, SharedCore, SharedLease
 from langgraph_perf.resources.resource import CoreResource, owner_name
 
 T = TypeVar("T")
@@ -47,4 +47,9 @@ class Shared(CoreResource[T]):
         owner = owner_name("Shared", create)
         limits = Limits(max_size=1, max_idle=_validate.seconds(owner, "max_idle", max_idle))
         hooks = Hooks(owner, create, close=close)
-        super().__init__(SharedCore(hooks, limits), _validate.seconds(owner, "timeout", timeout))
+        super().__init__(
+            SharedCore(hooks, limits),
+            _validate.seconds(owner, "timeout", timeout),
+            SharedLease,
+            AsyncSharedLease,
+        )
