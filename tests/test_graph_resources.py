@@ -701,7 +701,6 @@ async def _acreate() -> Connection:
         ({"other": Shared(Connection)}, "no resource is called 'db'"),
         ({"db": Connection()}, "must be a Pool, Shared, Keyed or FromContext"),
         ({"db": Keyed(lambda key: key)}, "Use('db', key="),
-        ({"db": Pool(_acreate)}, "needs an event loop"),
     ],
 )
 def test_wrong_resources_fail_at_compile(given: dict[str, Resource[Any]], message: str) -> None:
@@ -709,6 +708,51 @@ def test_wrong_resources_fail_at_compile(given: dict[str, Resource[Any]], messag
     with pytest.raises(ConfigurationError) as caught:
         build(_node, ["db"], given)
     assert message in str(caught.value)
+
+
+async def _ahook(db: Connection) -> None:
+    """An async ``check``, ``reset`` or ``close``."""
+
+
+@asynccontextmanager
+async def _aconnect() -> AsyncIterator[Connection]:
+    yield Connection()
+
+
+class _AsyncOnly:
+    async def __aenter__(self) -> Connection:
+        return Connection()
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize("inherited", [False, True])
+@pytest.mark.parametrize(
+    "db",
+    [
+        Pool(_acreate),
+        Pool(Connection, check=_ahook),
+        Pool(Connection, reset=_ahook),
+        Pool(Connection, close=_ahook),
+        Shared(_acreate),
+        Shared(Connection, close=_ahook),
+        FromContext(_aconnect),
+        FromContext(_AsyncOnly),
+    ],
+    ids=["create", "check", "reset", "close", "shared", "shared-close", "manager", "class"],
+)
+def test_async_resources_of_sync_nodes_fail_at_compile(db: Resource[Any], inherited: bool) -> None:
+    """What only an event loop can use is refused to a sync node, also to one of a subgraph."""
+    builder = StateGraph(State).add_node("node", _node, resources=["db"])
+    builder.add_edge(START, "node")
+    if inherited:
+        outer = StateGraph(State).add_node("inner", builder.compile())
+        builder = outer.add_edge(START, "inner")
+    with pytest.raises(ConfigurationError) as caught:
+        builder.compile(resources={"db": db})
+    assert ("node 'inner|node'" if inherited else "node 'node'") in str(caught.value)
+    assert "'db' has an async function and needs an event loop" in str(caught.value)
+    assert "make the node 'async def'" in str(caught.value)
 
 
 def test_keys_for_resources_without_keys_are_refused() -> None:
@@ -738,6 +782,7 @@ def test_bad_keys_name_the_node() -> None:
         with pytest.raises(ConfigurationError, match=message) as caught:
             graph.invoke({})
         assert "node 'node'" in str(caught.value)
+        assert "Use('models', key=" in str(caught.value)
 
 
 def test_resources_without_a_policy_leave_results_uncached() -> None:

@@ -10,6 +10,7 @@ import datetime as dt
 import decimal
 import enum
 import fractions
+import hashlib
 import ipaddress
 import itertools
 import os
@@ -553,6 +554,15 @@ def test_other_processes_agree():
     }
     assert len(outputs) == 1
     assert re.fullmatch(r"[0-9a-f]{40}\n", outputs.pop())
+
+
+def test_known_digests():
+    """Keys are BLAKE2b digests of 160 bits, and the same in every version of this library: another
+    hash, or another way to encode, is a decision to lose all that was stored."""
+    assert digest() == hashlib.blake2b(b"langgraph_perf key 1\0", digest_size=20).hexdigest()
+    assert digest() == "bcf815e05f7ab60d1dfff47f932cf93fe6eb479e"
+    assert key({"query": "q"}) == "684837376cbc965b02d0bceac2f0a8a1fdcc939a"
+    assert key([1, 2.5, None, ("a", b"b"), {3}]) == "c28f4f1f0cf0ea6b47deb3b0fb3e79c1cf754429"
 
 
 # -- what cannot be keyed -------------------------------------------------------------------------

@@ -95,6 +95,13 @@ def loop(*, query: str = "weather", answer: str = "sunny") -> list[BaseMessage]:
 # -- what does not count --------------------------------------------------------------------------
 
 
+def test_messages_are_hashed_so_that_nobody_can_forge_them():
+    """With SHA-256: two conversations that share a digest would share their answers."""
+    message = HumanMessage("hello")
+    assert _messages_key._alone(message, 0).hash.name == "sha256"
+    assert len(message_digest(message)) == 32
+
+
 def test_a_rerun_of_an_agent_loop_has_the_same_key():
     """Fresh message ids, tool-call ids and metadata do not change the key; an answer does."""
     assert key(loop()) == key(loop())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
+import pytest
+
 import langgraph_perf
+from langgraph_perf.perf import Perf
 
 
 def test_the_exports() -> None:
@@ -38,6 +42,15 @@ def test_the_exports() -> None:
     ]
     for name in langgraph_perf.__all__:
         assert getattr(langgraph_perf, name).__doc__
+
+
+def test_nothing_is_offered_that_does_not_work() -> None:
+    """What is planned has no field, method or name yet that could be used in vain."""
+    assert "stream" not in {field.name for field in dataclasses.fields(langgraph_perf.CachePolicy)}
+    with pytest.raises(TypeError, match="stream"):
+        langgraph_perf.CachePolicy(stream=True)  # type: ignore[call-arg]
+    assert not hasattr(Perf, "explain")
+    assert not hasattr(langgraph_perf, "OBSERVED")
 
 
 def test_importing_it_imports_nothing_optional() -> None:

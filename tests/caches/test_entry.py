@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from hashlib import blake2b
 
 import pytest
 from hypothesis import given
@@ -42,6 +43,19 @@ entries = st.builds(
     tokens=st.integers(0, 2**60),
     grace=times,
 )
+
+
+def test_known_names():
+    """What keys and tags are called in storage: BLAKE2b digests of 128 bits, the same for ever."""
+    assert tag_id("docs") == blake2b(b"docs", digest_size=16).hexdigest()
+    assert tag_id("docs") == "fc0003587136a64557864566da093929"
+    graph, node, name = b"graph", b"node", blake2b(b"key", digest_size=16).hexdigest()
+    parts = _LENGTH.pack(len(graph)) + graph + _LENGTH.pack(len(node)) + node
+    namespace = blake2b(parts, digest_size=16, person=b"langgraph_perf").hexdigest()
+    assert key_digest(KEY).hex() == namespace + name
+    assert key_digest(KEY).hex() == (
+        "a33238a39592e1a11222a813b736b2c882af27c64245bfd15a520134b44e6bb1"
+    )
 
 
 @pytest.mark.parametrize("serde", SERDES)
