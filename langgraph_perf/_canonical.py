@@ -99,9 +99,12 @@ class Encoder:
     """Encodes the values of one digest.
 
     Subclasses override ``plan_for`` to know more types; each has its own ``plans``.
+
+    Attributes:
+        kinds: the classes met whose methods, and values such as an enum's, are not in the bytes.
     """
 
-    __slots__ = ("depth",)
+    __slots__ = ("depth", "kinds")
 
     plans: ClassVar[IdentityMap]
 
@@ -110,6 +113,7 @@ class Encoder:
 
     def __init__(self) -> None:
         self.depth = 0
+        self.kinds: set[type] = set()
 
     def encode(self, value: Any) -> bytes:
         """The canonical bytes of ``value``.
@@ -427,6 +431,7 @@ def _subclass_plan(kind: type, base: type, base_plan: Plan) -> Plan:
     as_base = _AS_BASE.get(base, _same)
 
     def plan(encoder: Encoder, value: Any) -> bytes:
+        encoder.kinds.add(type(value))
         return head + base_plan(encoder, as_base(value)) + encoder.attributes(state_of(value))
 
     return plan

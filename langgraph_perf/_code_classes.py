@@ -43,7 +43,7 @@ def _class(walk: Walk, kind: type) -> bytes:
 
 
 def _class_body(walk: Walk, kind: type) -> bytes:
-    out = [text(type_name(type(kind)))]
+    out = [_class(walk, type(kind))]
     out += [_class(walk, base) for base in kind.__bases__]
     members = dict(_members(kind))
     for name in sorted(members):
@@ -69,12 +69,6 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
         yield name, member
     doc = namespace.get("__doc__")
     if isinstance(doc, str) and (BaseModel in mro_of(kind) or "__total__" in namespace):
-        yield (
-            "schema",
-            doc,
-        )  # a model's or TypedDict's docstring is part of what a prompt is made of
-    doc = namespace.get("__doc__")
-    if isinstance(doc, str) and (BaseModel in mro_of(kind) or "__total__" in namespace):
         yield "schema", doc  # part of its JSON schema, and so of what a model is told
     if is_enum:
         for name, member in getattr(kind, "_member_map_", {}).items():
@@ -88,7 +82,8 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
             # models made by create_model have no annotations of their own
             yield f"field {name}", _Note(info.annotation)
             yield f"field {name} default", (info.default, info.default_factory)
-            yield f"field {name} more", (info.alias, info.description, info.metadata)
+            more = (info.title, info.examples, info.json_schema_extra, info.deprecated)
+            yield f"field {name} more", (info.alias, info.description, info.metadata, *more)
         decorators = getattr(kind, "__pydantic_decorators__", None)
         for group in ("field_validators", "model_validators", "field_serializers"):
             for name, decorator in getattr(decorators, group, {}).items():

@@ -6,7 +6,7 @@ import re
 import sys
 import sysconfig
 import types
-from collections import deque
+from collections import ChainMap, UserDict, UserList, deque
 from typing import Any
 
 from langgraph_perf._canonical import mro_of, namespace_of
@@ -27,7 +27,7 @@ _FRAMEWORKS = frozenset(
         "typing_extensions",
     )
 )
-_CONTAINERS = (list, dict, set, bytearray, deque)
+_CONTAINERS = (list, dict, set, bytearray, deque, ChainMap, UserDict, UserList)
 _MAKERS = frozenset(("__init__", "__new__", "__post_init__", "__setstate__", "model_post_init"))
 # methods that frameworks call, so that no code needs to name them
 _ENTRIES = """

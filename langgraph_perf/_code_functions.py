@@ -6,14 +6,14 @@ import functools
 import operator
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.machinery import PathFinder
 from typing import Any
 
 from langgraph_perf._canonical import Plan, Unkeyable, instance_state, mro_of, text, type_name
 from langgraph_perf._code_facts import top_level, value_of
 from langgraph_perf._code_identity import Code, Origin, code_of
-from langgraph_perf._code_walk import Walk, as_first_seen, by_type, found_by_name
+from langgraph_perf._code_walk import Walk, as_first_seen, by_type, described, found_by_name
 
 _GETTERS = (operator.attrgetter, operator.itemgetter, operator.methodcaller)
 
@@ -60,11 +60,27 @@ def _function_body(walk: Walk, function: types.FunctionType) -> bytes:
             for name, paths in sorted(_globals(known).items()):
                 out.append(text(name) + _global(walk, function.__globals__, name, paths, top))
             out += [_imported(walk, function.__globals__, e, top) for e in sorted(known.imports)]
+        out += [described(walk, value) for value in _passed(function, known)]
     except Unkeyable as exc:
         exc.within(f"{function.__name__}: ")
         exc.complete = True
         raise
     return b"".join(out)
+
+
+def _passed(function: types.FunctionType, known: Code) -> Iterator[Any]:
+    """What a function has from outside and looks at, or hands on so that somebody else can."""
+    looked_at = {o[:-1] for o in known.loads if o[-1] in ("__doc__", "__annotations__")}
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    for space, name, *path in sorted(known.passed | looked_at):
+        value: Any = None
+        if space == "global":
+            value = function.__globals__.get(name)
+        elif space == "free" and name in cells:
+            value = value_of(cells[name], "")
+        for step in path:
+            value = value_of(value, step)
+        yield value
 
 
 def _foreign_body(walk: Walk, function: types.FunctionType) -> bytes:

@@ -68,6 +68,24 @@ _STORES = {
     "STORE_DEREF": "free",
     "DELETE_DEREF": "free",
 }
+# how many values go into a call or a container; 0: as many as the argument says
+_PASSING = {
+    # in Python 3.11 the two stand one after the other
+    ("PRECALL" if "PRECALL" in dis.opmap else "CALL"): 0,
+    "CALL_FUNCTION": 0,
+    "CALL_FUNCTION_KW": 0,
+    "CALL_KW": 0,
+    "CALL_METHOD": 0,
+    "BUILD_CONST_KEY_MAP": 0,
+    "BUILD_LIST": 0,
+    "BUILD_MAP": 0,
+    "BUILD_SET": 0,
+    "BUILD_TUPLE": 0,
+    "LIST_APPEND": 1,
+    "MAP_ADD": 1,
+    "SET_ADD": 1,
+}
+_NAMING = frozenset(("CALL_FUNCTION_KW", "CALL_KW", "BUILD_CONST_KEY_MAP"))
 _JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 _CONSTANTS = frozenset(dis.hasconst)
 _NAMED = frozenset((*dis.hasname, *dis.haslocal, *dis.hasfree))
@@ -85,6 +103,7 @@ class Code:
         loads: where the values come from that it reads, with all their attributes.
         stores: the names and attributes that it binds anew.
         pokes: the names and attributes whose value it changes, if that is a built-in container.
+        passed: those whose value it passes to a call or puts into a container.
         imports: ``(level, module, names)`` of import statements.
     """
 
@@ -92,6 +111,7 @@ class Code:
     loads: frozenset[Origin]
     stores: frozenset[Origin]
     pokes: frozenset[Origin]
+    passed: frozenset[Origin]
     imports: frozenset[tuple[int, str, tuple[str, ...]]]
 
 
@@ -114,6 +134,7 @@ class _Reader:
     loads: set[Origin] = field(default_factory=set)
     stores: set[Origin] = field(default_factory=set)
     pokes: set[Origin] = field(default_factory=set)
+    passed: set[Origin] = field(default_factory=set)
     imports: set[tuple[int, str, tuple[str, ...]]] = field(default_factory=set)
 
     def read(self) -> Code:
@@ -152,6 +173,7 @@ class _Reader:
             frozenset(self.loads),
             frozenset(self.stores),
             frozenset(self.pokes),
+            frozenset(self.passed),
             frozenset(self.imports),
         )
 
@@ -162,6 +184,7 @@ class _Reader:
             (self.loads, inner.loads),
             (self.stores, inner.stores),
             (self.pokes, inner.pokes),
+            (self.passed, inner.passed),
         ):
             for origin in theirs:
                 space = origin[0]
@@ -208,6 +231,10 @@ class _Reader:
                 self._note(self.pokes, stack[-2:-1])
             elif name == "STORE_SLICE":
                 self._note(self.pokes, stack[-3:-2])
+            elif name in _PASSING and instruction.arg:
+                # below the arguments of a call is what is called, above them the keywords' names
+                count = _PASSING[name] or instruction.arg * (1 + (name == "BUILD_MAP"))
+                self.passed.update(filter(None, stack[-count - (name in _NAMING) :]))
             self._step(stack, instruction)
 
     def _space(self, space: str, name: str) -> str:

@@ -228,6 +228,24 @@ def found_by_name(value: Any) -> str | None:
     return f"{module}.{qualname}" if found is value else None
 
 
+def described(walk: Walk, value: Any) -> bytes:
+    """What can be read off functions, as is done with those that a model may call: docstring and
+    annotations. Where a function is only called, they are comments."""
+    if type(value) is types.MethodType:
+        value = value.__func__
+    if type(value) is types.FunctionType:
+        if walk.library(value.__module__):
+            return b""
+        notes = [text(n) + walk.or_type(note) for n, note in sorted(value.__annotations__.items())]
+        return b"D%b%d:%b" % (text(value.__doc__ or ""), len(notes), b"".join(notes))
+    if type(value) in (list, tuple):
+        return b"".join(described(walk, each) for each in value)
+    if type(value) is dict:
+        names = sorted(name for name in value if type(name) is str)
+        return b"".join(described(walk, value[name]) for name in names)
+    return b""
+
+
 # -- plans ----------------------------------------------------------------------------------------
 
 
@@ -286,4 +304,6 @@ def state(walk: Walk, value: Any, leave: frozenset[str] = frozenset()) -> bytes:
             out.append(text(name) + as_first_seen(value, name, item))
         else:
             out.append(text(name) + walk.captured(f".{name}", item))
+            if type(item) in (list, tuple, dict):
+                out.append(described(walk, item))
     return b"%b%d;" % (b"".join(out), len(out))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from langgraph.types import RetryPolicy
@@ -50,6 +50,7 @@ class NodeSpec:
     Attributes:
         code: the fingerprint of its code or the policy's ``version``; ``None`` if it has none,
             and then it runs uncached.
+        code_of: the same for the classes of its input; ``None``: they count by name.
         has_subgraph: whether the node contains a graph that may be resumed inside it.
         remembers: whether it contains one that remembers its earlier runs, so that its result
             depends on more than its input.
@@ -70,6 +71,7 @@ class NodeSpec:
         self.uses = uses
         self.allowed = allowed
         self.code: str | None = None
+        self.code_of: Callable[[type], str] | None = None
         self.has_subgraph = False
         self.remembers = False
         self.native_async = False
@@ -139,7 +141,7 @@ def call_key(
         # who cannot open it does not come upon it
         parts.append(("sealed", True))
     try:
-        return keys.digest(*parts)
+        return keys.digest(*parts, code_of=spec.code_of)
     except keys.Unkeyable as exc:
         outside = exc.path.startswith(("context", "configurable"))
         way_out = (

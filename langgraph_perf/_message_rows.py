@@ -84,6 +84,7 @@ class NumberingEncoder(Encoder):
 
     def __init__(self) -> None:
         self.depth = 0
+        self.kinds = set()
         self.ids: dict[str, int] = {}
 
     def number(self, tool_id: str) -> int:

@@ -44,7 +44,7 @@ def value_plan(kind: type) -> Plan | None:
     as_text = _TEXT.get(kind)
     if as_text is not None:
         return _by(kind, lambda encoder, value: text(as_text(value)))
-    parts = _PARTS.get(kind)
+    parts = _PARTS.get(kind) or _PARTS_BY_NAME.get(type_name(kind))
     if parts is not None:
         return _by(kind, lambda encoder, value: encoder.encode(parts(value)))
     mro = mro_of(kind)
@@ -65,7 +65,7 @@ def value_plan(kind: type) -> Plan | None:
     v1 = sys.modules.get("pydantic.v1.main") or sys.modules.get("pydantic.main")
     if (plainly and not _built_in(mro)) or getattr(v1, "BaseModel", None) in mro:
         state_of = instance_state(kind)
-        return _by(kind, lambda encoder, value: encoder.attributes(state_of(value)))
+        return _met(kind, lambda encoder, value: encoder.attributes(state_of(value)))
     return None
 
 
@@ -80,10 +80,21 @@ def _by(kind: type, body: Plan) -> Plan:
     return lambda encoder, value: head + body(encoder, value)
 
 
+def _met(kind: type, body: Plan) -> Plan:
+    """``_by``, for a class with code of its own."""
+    head = b"v" + text(type_name(kind))
+
+    def plan(encoder: Encoder, value: Any) -> bytes:
+        encoder.kinds.add(type(value))  # not ``kind``: the plan must not keep its class alive
+        return head + body(encoder, value)
+
+    return plan
+
+
 def _enum_plan(kind: type, *, flag: bool) -> Plan:
     # members of a Flag may be combinations, which have no name before Python 3.11
     attribute = "_value_" if flag else "_name_"
-    return _by(kind, lambda encoder, value: encoder.encode(value.__dict__[attribute]))
+    return _met(kind, lambda encoder, value: encoder.encode(value.__dict__[attribute]))
 
 
 def _pydantic_plan(kind: type) -> Plan:
@@ -96,7 +107,14 @@ def _pydantic_plan(kind: type) -> Plan:
             encoder.attributes(_get_private(value) or {}),
         )
 
-    return _by(kind, body)
+    generic = getattr(kind, "__pydantic_generic_metadata__", None) or {}
+    # ``Page[User]`` does not say whose ``User``
+    of = b"".join(text(_named(part)) for part in generic.get("args", ()))
+    return _met(kind, (lambda encoder, value: of + body(encoder, value)) if of else body)
+
+
+def _named(part: Any) -> str:
+    return type_name(part) if type in mro_of(type(part)) else str(part)
 
 
 def _zone(zone: dt.tzinfo | None, moment: dt.datetime | None) -> tuple[Any, ...] | None:
@@ -130,6 +148,23 @@ _PARTS: dict[type, Callable[[Any], Any]] = {
     fractions.Fraction: lambda value: (value.numerator, value.denominator),
     uuid.UUID: lambda value: value.int,
     re.Pattern: lambda value: (value.pattern, value.flags),
+}
+
+
+def _sections(parser: Any) -> Any:
+    return [(name, sorted(parser.items(name, raw=True))) for name in parser]
+
+
+# these need not be imported
+_PARTS_BY_NAME: dict[str, Callable[[Any], Any]] = {
+    "argparse.Namespace": lambda value: dict(vars(value)),
+    "collections.ChainMap": lambda value: value.maps,
+    "collections.UserDict": lambda value: value.data,
+    "collections.UserList": lambda value: value.data,
+    "collections.UserString": lambda value: value.data,
+    "configparser.ConfigParser": _sections,
+    "configparser.RawConfigParser": _sections,
+    "string.Template": lambda value: value.template,
 }
 
 _TEXT: dict[type, Callable[[Any], str]] = dict.fromkeys(

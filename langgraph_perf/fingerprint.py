@@ -32,7 +32,7 @@ from langgraph_perf._code_walk import Walk
 from langgraph_perf._message_rows import DIGEST_SIZE
 from langgraph_perf._runnable_parts import runnable_plan
 
-__all__ = ["Unkeyable", "fingerprint"]
+__all__ = ["Classes", "Unkeyable", "fingerprint"]
 
 
 class _NodeWalk(Walk):
@@ -61,8 +61,37 @@ def fingerprint(obj: Any) -> str:
         Unkeyable: part of the identity cannot be keyed; its path is like
             ``retrieve: closure["client"]``.
     """
+    return _fingerprint(obj, _homes(obj))
+
+
+class Classes:
+    """The identities of the classes of a node's input: of an enum with its values, say, or of a
+    dataclass with its methods. Classes of libraries count by name, and those without identity."""
+
+    def __init__(self, node: Any) -> None:
+        self._homes = _homes(node)
+        self._known = IdentityMap(1024)
+
+    def __call__(self, kind: type) -> str:
+        found = self._known.entries.get(id(kind))
+        if found is None:
+            self._known.put(kind, self._identify(kind))
+            found = self._known.entries[id(kind)]
+        code: str = found[0]
+        return code
+
+    def _identify(self, kind: type) -> str:
+        top = top_level(kind.__module__)
+        if top not in self._homes and (is_framework(top) or is_installed(top)):
+            return ""
+        try:
+            return _fingerprint(kind, self._homes | {top})
+        except Unkeyable:
+            return ""
+
+
+def _fingerprint(obj: Any, homes: frozenset[str]) -> str:
     try:
-        homes = frozenset(_homes(obj))
         survey = _NodeWalk(homes)
         survey.run(obj)
         survey.facts.close()
@@ -79,7 +108,7 @@ def _name(obj: Any) -> str:
     return str(getattr(obj, "__name__", None) or type(obj).__name__)
 
 
-def _homes(root: Any) -> set[str]:
+def _homes(root: Any) -> frozenset[str]:
     """The packages that the functions and classes belong to which a callable is put together from.
 
     They are the user's, even where they are installed like a library.
@@ -94,7 +123,7 @@ def _homes(root: Any) -> set[str]:
             home, parts = _parts(obj)
             homes.add(top_level(home))
             waiting.extend(parts)
-    return {top for top in homes if top and not is_framework(top)}
+    return frozenset(top for top in homes if top and not is_framework(top))
 
 
 def _parts(obj: Any) -> tuple[Any, Iterator[Any]]:

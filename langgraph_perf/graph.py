@@ -231,10 +231,11 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         if policy.version is not None:
             return f"version:{policy.version!r}"
         # imported here: it knows language models and tools, which are heavy to import
-        from langgraph_perf.fingerprint import fingerprint
+        from langgraph_perf.fingerprint import Classes, fingerprint
 
         try:
             code = fingerprint(bound)
+            spec.code_of = Classes(bound)
             # a key function is code too: what it leaves out decides what is the same
             return f"{code} {fingerprint(policy.key)}" if callable(policy.key) else code
         except Unkeyable as exc:

@@ -8,6 +8,7 @@ nobody can make two inputs share a key.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
@@ -23,12 +24,13 @@ _root = lru_cache(256)(text)
 __all__ = ["Unkeyable", "digest", "forget", "message_digest"]
 
 
-def digest(*parts: tuple[str, Any]) -> str:
+def digest(*parts: tuple[str, Any], code_of: Callable[[type], str] | None = None) -> str:
     """The key of the given parts, as 40 hexadecimal digits.
 
     Args:
         parts: pairs of a name and a value. The name is part of the key, and the root of the path
             in an error: ``state["client"]``.
+        code_of: says what there is to a class of the values besides its name.
 
     Raises:
         Unkeyable: a part holds something that has no canonical value.
@@ -45,11 +47,13 @@ def digest(*parts: tuple[str, Any]) -> str:
             raise
         except RecursionError as exc:
             raise Unkeyable(root, f"nested too deeply (accepted: {MAX_DEPTH} levels)") from exc
+    if encoder.kinds and code_of is not None:
+        encoded += map(text, sorted({code_of(kind) for kind in encoder.kinds}))
     return blake2b(b"".join(encoded), digest_size=DIGEST_SIZE).hexdigest()
 
 
 def message_digest(message: BaseMessage) -> bytes:
-    """The digest of what one message says (20 bytes), whatever its id and metadata.
+    """The digest of what one message says (32 bytes), whatever its id and metadata.
 
     Raises:
         TypeError: not a message.

@@ -10,6 +10,8 @@ import itertools
 import logging
 import operator
 import queue
+import sys
+import textwrap
 import threading
 import types
 from pathlib import Path
@@ -37,7 +39,9 @@ from langgraph.graph import START, StateGraph
 from langgraph.prebuilt import ToolNode
 from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
-from langgraph_perf.fingerprint import Unkeyable, fingerprint
+from langgraph_perf import CachePolicy, MemoryCache
+from langgraph_perf import StateGraph as CachingStateGraph
+from langgraph_perf.fingerprint import Classes, Unkeyable, fingerprint
 from tests._fingerprint_cases.packages import Packages
 
 
@@ -1052,3 +1056,231 @@ def test_parts_of_runnables_are_named(client):
         'RunnableBinding.kwargs["db"].socket'
     )
     assert path_of(RunnableLambda(double) | client.get) == "Client.get: self.socket"
+
+
+# -- edits that only show in what is handed on, or in what comes in -----------------------------
+
+
+def module_of(monkeypatch: pytest.MonkeyPatch, source: str) -> Any:
+    """``source``, as a module of a package that is edited and imported anew."""
+    module = types.ModuleType("edited_app")
+    monkeypatch.setitem(sys.modules, "edited_app", module)
+    exec(compile(textwrap.dedent(source), "edited_app.py", "exec"), module.__dict__)
+    return module
+
+
+EDITED = {
+    "a template": """
+        from string import Template
+        PROMPT = Template("old $q")
+        def node(state):
+            return PROMPT.substitute(state)
+    """,
+    "a dictionary in layers": """
+        from collections import ChainMap
+        CONFIG = ChainMap({}, {"model": "old"})
+        def node(state):
+            return CONFIG["model"]
+    """,
+    "a dictionary in Python": """
+        from collections import UserDict
+        CONFIG = UserDict(model="old")
+        def node(state):
+            return CONFIG["model"]
+    """,
+    "an ini file": """
+        from configparser import ConfigParser
+        CONFIG = ConfigParser()
+        CONFIG.read_string("[model]\\nname = old")
+        def node(state):
+            return CONFIG["model"]["name"]
+    """,
+    "a command line": """
+        from argparse import Namespace
+        ARGS = Namespace(model="old")
+        def node(state):
+            return vars(ARGS)
+    """,
+    "a class's property": """
+        class Meta(type):
+            @property
+            def model(cls):
+                return "old"
+        class Config(metaclass=Meta):
+            pass
+        def node(state):
+            return Config.model
+    """,
+    "a field's title": """
+        from pydantic import BaseModel, Field
+        class Answer(BaseModel):
+            text: str = Field(title="old")
+        def node(state):
+            return llm.with_structured_output(Answer)
+    """,
+    "a field's examples": """
+        from pydantic import BaseModel, Field
+        class Answer(BaseModel):
+            text: str = Field(examples=["old"])
+        def node(state):
+            return llm.with_structured_output(Answer)
+    """,
+    "what a model reads of a tool": """
+        def search(q: str):
+            "old"
+        def node(state):
+            return llm.bind_tools([search])
+    """,
+    "what a model reads of several tools": """
+        from typing import Annotated
+        def search(q: Annotated[str, "old"]): ...
+        def add(a: int, b: int): ...
+        TOOLS = [add, search]
+        def node(state):
+            return llm.bind_tools(TOOLS, tool_choice="any")
+    """,
+    "what a model reads of a tool by keyword": """
+        def search(q: str):
+            "old"
+        def node(state):
+            return llm.bind(tools=(search,), **{"more": search})
+    """,
+    "what a model reads of the tools of an agent": """
+        def search(q: str):
+            "old"
+        class Agent:
+            def __init__(self):
+                self.tools = {"search": search}
+            def __call__(self, state):
+                return llm.bind_tools([*self.tools.values()])
+        node = Agent()
+    """,
+    "a docstring that is printed": """
+        def search(q: str):
+            "old"
+        def node(state):
+            return search.__doc__
+    """,
+    "a captured tool": """
+        def make(search):
+            def node(state):
+                return llm.bind_tools([search])
+            return node
+        def search(q: str):
+            "old"
+        node = make(search)
+    """,
+}
+
+
+@pytest.mark.parametrize("source", EDITED.values(), ids=EDITED)
+def test_an_edit_of_what_is_only_looked_at_changes_the_node(
+    monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Values of the standard library that configure, schemas, and what a model is told of tools."""
+    prints = [
+        fingerprint(module_of(monkeypatch, source.replace("old", word)).node)
+        for word in ("old", "old", "new")
+    ]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_docstrings_of_what_is_only_called_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a helper, a method and a bound argument they are comments, whatever goes into a call."""
+    source = """
+        from functools import partial
+        OPTIONS = ["a"]
+        def helper(options, more=None) -> "old":
+            "old"
+        class Agent:
+            def run(self, state, step) -> "old":
+                "old"
+                return [self.run, helper(OPTIONS), helper([OPTIONS], more=OPTIONS)][1:]
+        node = partial(Agent().run, step=1)
+    """
+    prints = [
+        fingerprint(module_of(monkeypatch, source.replace("old", word)).node)
+        for word in ("old", "new")
+    ]
+    assert prints[0] == prints[1]
+
+
+STATES = {
+    "an enum's value": """
+        from enum import Enum
+        class Model(Enum):
+            FAST = "old"
+        value = Model.FAST
+    """,
+    "a dataclass's method": """
+        from dataclasses import dataclass
+        @dataclass
+        class Doc:
+            text: str
+            def render(self):
+                return "old" + self.text
+        value = {"docs": [Doc("a")]}
+    """,
+    "a pydantic model's helper": """
+        from pydantic import BaseModel
+        PREFIX = "old"
+        def prefixed(text):
+            return PREFIX + text
+        class Doc(BaseModel):
+            text: str
+            @property
+            def shown(self):
+                return prefixed(self.text)
+        value = Doc(text="a")
+    """,
+    "a list's method": """
+        class Docs(list):
+            def render(self):
+                return "old".join(self)
+        value = Docs(["a"])
+    """,
+}
+
+
+class Asked(TypedDict, total=False):
+    question: Any
+    answer: Any
+
+
+@pytest.mark.parametrize("source", STATES.values(), ids=STATES)
+def test_an_edit_of_a_class_in_the_input_is_another_input(
+    monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """The node may call its methods, and read an enum's value; unless it says ``version=``."""
+    cache, runs = MemoryCache(), []
+
+    def node(state: Asked) -> Asked:
+        runs.append(state)
+        return {"answer": "done"}
+
+    def ran(word: str, policy: CachePolicy) -> bool:
+        value = module_of(monkeypatch, source.replace("old", word)).value
+        builder = CachingStateGraph(Asked).add_node("node", node, cache_policy=policy)
+        before = len(runs)
+        builder.add_edge(START, "node").compile(cache=cache).invoke({"question": value})
+        return len(runs) > before
+
+    assert [ran(word, CachePolicy()) for word in ("old", "old", "new")] == [True, False, True]
+    assert [ran(word, CachePolicy(version=1)) for word in ("old", "new")] == [True, False]
+
+
+def test_classes_of_libraries_in_the_input_count_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change with a package's version, which is no edit of the user's; so does what cannot be
+    read. A class of the node's own package counts, wherever that is installed."""
+
+    def node(state: Any) -> Any:
+        return state
+
+    classes = Classes(node)
+    assert classes(BaseMessage) == classes(dataclasses.Field) == ""
+    assert classes(type("Here", (), {"__module__": __name__})) != ""
+    module = module_of(monkeypatch, "class Doc: ...")
+    module.__file__ = "/usr/lib/python3/site-packages/edited_app.py"
+    assert classes(module.Doc) == ""
+    node.__module__ = "edited_app"
+    assert Classes(node)(module.Doc) != ""
