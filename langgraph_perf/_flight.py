@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from langgraph_perf.caches.base import Entry
 
@@ -141,9 +142,39 @@ held_flights: ContextVar[tuple[Flight, ...]] = ContextVar("langgraph_perf_flight
 keys, or for one that waits for them, must not wait."""
 
 
+T = TypeVar("T")
+
 # one lock for all tables: flights of different caches may wait for one another
-_lock = threading.Lock()
+_lock = threading.RLock()
+_busy = False
+_late: deque[Callable[[], None]] = deque()
 _tables: weakref.WeakSet[FlightTable] = weakref.WeakSet()
+
+
+def _turn(step: Callable[[], T], nested: Callable[[Callable[[], T]], T]) -> T:
+    """Take one step of a table while nobody takes another.
+
+    A garbage collection may, in the middle of a step, finalize a lost call, whose end is a step as
+    well. What becomes of it, ``nested`` decides: it must not see what is half done.
+    """
+    global _busy
+    with _lock:
+        if _busy:
+            return nested(step)
+        _busy = True
+        try:
+            return step()
+        finally:
+            try:
+                while _late:
+                    _late.popleft()()
+            finally:
+                _busy = False
+
+
+def _do(step: Callable[..., None], *args: Any) -> None:
+    """Take a step: now, or at the end of the one that it interrupts."""
+    _turn(partial(step, *args), _late.append)
 
 
 class FlightTable:
@@ -175,7 +206,8 @@ class FlightTable:
             held: the flights that the call is part of.
             suspects: flights that it may be part of, for all that can be seen.
         """
-        with _lock:
+
+        def join() -> tuple[Flight | None, Waiter | None]:
             flight = self._flights.get(key)
             if flight is None:
                 flight = self._flights[key] = Flight(key, loop, uses_executor)
@@ -196,56 +228,59 @@ class FlightTable:
                 mine.blocked_on.append(flight)
             return flight, waiter
 
+        return _turn(join, lambda _: (None, None))
+
     def landed(self, flight: Flight, entry: Entry) -> None:
         """The leader is done: hand ``entry`` to everyone who waits."""
-        self._end(flight, Landed(entry))
+        _do(self._end, flight, Landed(entry))
 
     def disperse(self, flight: Flight) -> None:
         """The leader is done, but its result can answer nobody else."""
-        self._end(flight, Disperse())
+        _do(self._end, flight, Disperse())
 
     def abandoned(self, flight: Flight) -> None:
         """The leader failed: the longest waiting follower leads."""
-        with _lock:
-            while flight.waiters:
-                waiter = flight.waiters.popleft()
-                waiter.outcome = TakeOver()
-                flight.loop = waiter.loop
-                if waiter.wake():
-                    return
-            self._forget(flight)
+        _do(self._abandoned, flight)
 
     def left(self, flight: Flight, waiter: Waiter) -> None:
         """``waiter`` waits no more (cancelled, say): pass on whatever it was handed."""
-        with _lock:
-            outcome = waiter.outcome
-            if outcome is None:
-                flight.waiters.remove(waiter)
-        if isinstance(outcome, TakeOver):
-            self.abandoned(flight)
+        _do(self._left, flight, waiter)
 
     def supersede(self, key: Hashable) -> None:
         """A newer value of ``key`` is on its way: whoever computes it now must not store theirs."""
-        with _lock:
-            flight = self._flights.get(key)
-            if flight is not None:
-                flight.superseded = True
+        _do(self._supersede, key)
 
     def unblocked(self, flight: Flight, held: tuple[Flight, ...]) -> None:
         """A call that is part of ``held`` waits for ``flight`` no more."""
         if held:
-            with _lock:
-                for mine in held:
-                    if flight in mine.blocked_on:
-                        mine.blocked_on.remove(flight)
+            _do(_unblocked, flight, held)
+
+    def _abandoned(self, flight: Flight) -> None:
+        while flight.waiters:
+            waiter = flight.waiters.popleft()
+            waiter.outcome = TakeOver()
+            flight.loop = waiter.loop
+            if waiter.wake():
+                return
+        self._forget(flight)
+
+    def _left(self, flight: Flight, waiter: Waiter) -> None:
+        if waiter.outcome is None:
+            flight.waiters.remove(waiter)
+        elif isinstance(waiter.outcome, TakeOver):
+            self._abandoned(flight)
+
+    def _supersede(self, key: Hashable) -> None:
+        flight = self._flights.get(key)
+        if flight is not None:
+            flight.superseded = True
 
     def _end(self, flight: Flight, outcome: Outcome) -> None:
-        with _lock:
-            self._forget(flight)
-            for waiter in flight.waiters:
-                waiter.outcome = outcome
-                waiter.wake()
-            flight.waiters.clear()
+        self._forget(flight)
+        for waiter in flight.waiters:
+            waiter.outcome = outcome
+            waiter.wake()
+        flight.waiters.clear()
 
     def _forget(self, flight: Flight) -> None:
         if self._flights.get(flight.key) is flight:
@@ -274,6 +309,12 @@ def _depends_on(flight: Flight, held: tuple[Flight, ...]) -> bool:
     return False
 
 
+def _unblocked(flight: Flight, held: tuple[Flight, ...]) -> None:
+    for mine in held:
+        if flight in mine.blocked_on:
+            mine.blocked_on.remove(flight)
+
+
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
@@ -286,8 +327,9 @@ def in_asyncio_executor() -> bool:
 
 def _reset_after_fork() -> None:
     # the leaders live in the parent; here their followers would wait for ever
-    global _lock
-    _lock = threading.Lock()
+    global _lock, _busy
+    _lock, _busy = threading.RLock(), False
+    _late.clear()
     for table in list(_tables):
         table._flights.clear()
 

@@ -26,7 +26,7 @@ class Patience:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lost = self._last = self._until = 0.0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection may end a lost call in here
 
     def is_over(self, limit: float) -> bool:
         """Whether with one more operation like the last one it may be more than ``limit`` seconds

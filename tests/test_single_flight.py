@@ -287,6 +287,47 @@ def test_waiters_of_a_closed_loop_are_skipped() -> None:
     assert isinstance(waiter.outcome, _flight.TakeOver)
 
 
+class Collecting(_flight.SyncWaiter):
+    """A waiter in whose making and waking a garbage collection ends lost calls."""
+
+    def __init__(self, ends: Callable[[], object]) -> None:
+        ends()
+        super().__init__()
+        self.ends = ends
+
+    def wake(self) -> bool:
+        self.ends()
+        return super().wake()
+
+
+def test_a_call_that_is_lost_in_the_middle_of_a_step_ends_after_it() -> None:
+    """A garbage collection finalizes it on the thread that is at it, which must not wait for
+    itself; the step does not see half of what the other does."""
+    table = _flight.FlightTable()
+    lost, _ = table.join("k", _flight.SyncWaiter)
+    assert lost is not None
+    once = iter([lost])
+    _, first = table.join("k", lambda: Collecting(lambda: [*map(table.abandoned, once)]))
+    assert first is not None
+    assert isinstance(first.outcome, _flight.TakeOver)
+    followers: list[_flight.Waiter] = []
+
+    def ends() -> None:
+        if len(followers) == 3:
+            table.left(lost, followers[2])
+            table.unblocked(lost, (lost,))
+            table.supersede("k")
+            assert table.join("k", _flight.SyncWaiter) == (None, None)
+
+    for _ in range(3):
+        _, follower = table.join("k", lambda: Collecting(ends))
+        assert follower is not None
+        followers.append(follower)
+    table.disperse(lost)
+    assert [type(each.outcome) for each in followers] == [_flight.Disperse] * 3
+    assert len(table) == table.waiting() == 0
+
+
 async def test_a_leader_that_times_out_is_followed_by_another(cache: Cache) -> None:
     """LangGraph's timeout ends the leader's attempt; its retry and its followers go on."""
     runs: list[int] = []
