@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -70,7 +70,7 @@ def drive(
         step = next(machine)
         while True:
             try:
-                answer = _perform(step, call, body, caller)
+                answer = perform(step, call, body, caller)
             except BaseException as exc:
                 step = machine.throw(exc)
             else:
@@ -80,13 +80,14 @@ def drive(
     return _value(done)
 
 
-def _perform(step: Step, call: Call, body: Callable[[], Ran], caller: Caller) -> Any:
+def perform(step: Step, call: Call, body: Callable[[], Ran], caller: Caller) -> Any:
+    """The answer to one step."""
     backend = call.backend
     if type(step) in _QUESTIONS:
         with waiting(call.patience):
             return _ask(backend, step)
     if type(step) is Run:
-        with _running(step, call):
+        with running([step], call):
             try:
                 return body()
             except BaseException as exc:
@@ -138,7 +139,7 @@ async def adrive(
         step = next(machine)
         while True:
             try:
-                answer = await _aperform(step, call, body, caller)
+                answer = await aperform(step, call, body, caller)
             except BaseException as exc:
                 step = machine.throw(exc)
             else:
@@ -148,15 +149,16 @@ async def adrive(
     return _value(done)
 
 
-async def _aperform(
+async def aperform(
     step: Step, call: Call, body: Callable[[], Awaitable[Ran]], caller: Caller
 ) -> Any:
+    """Like ``perform``, in this task."""
     backend = call.backend
     if type(step) in _QUESTIONS:
         with waiting(call.patience):
             return await _aask(backend, step)
     if type(step) is Run:
-        with _running(step, call):
+        with running([step], call):
             cancelled = cancellations()
             try:
                 ran = await body()
@@ -213,7 +215,7 @@ def drive_stream(call: Call, open_body: Callable[[], Opened], caller: Caller) ->
         while True:
             try:
                 if type(step) is Run:
-                    with _running(step, call):
+                    with running([step], call):
                         try:
                             chunks, result = open_body()
                             for chunk in chunks:
@@ -223,7 +225,7 @@ def drive_stream(call: Call, open_body: Callable[[], Opened], caller: Caller) ->
                         except BaseException as exc:
                             answer = Raised(exc, streamed)
                 else:
-                    answer = _perform(step, call, _never, caller)
+                    answer = perform(step, call, never, caller)
             except BaseException as exc:
                 step = machine.throw(exc)
             else:
@@ -246,7 +248,7 @@ async def adrive_stream(
         while True:
             try:
                 if type(step) is Run:
-                    with _running(step, call):
+                    with running([step], call):
                         cancelled = cancellations()
                         try:
                             chunks, result = open_body()
@@ -259,7 +261,7 @@ async def adrive_stream(
                         except BaseException as exc:
                             answer = Raised(exc, streamed)
                 else:
-                    answer = await _aperform(step, call, _anever, caller)
+                    answer = await aperform(step, call, anever, caller)
             except BaseException as exc:
                 step = machine.throw(exc)
             else:
@@ -279,36 +281,39 @@ def cancellations() -> int:
 
 
 @contextmanager
-def _running(step: Run, call: Call) -> Iterator[None]:
-    """What surrounds a running body: inner calls know its flight and report what they depend on,
-    and its lease is kept alive."""
-    flights = held_flights.set((*call.held, step.flight) if step.flight else call.held)
-    if step.lease is not None:
-        limit = math.inf
-        if call.background and call.freshness is not None:
-            # beyond its window nobody takes a stale result: others run the node themselves
-            limit = min(BACKGROUND_LEASE, call.freshness.while_revalidate)
-        _heartbeat.keep(call.backend.cache, step.lease, limit)
-    if step.flight is not None:
-        call.suspects.append(step.flight)
+def running(runs: Sequence[Run], call: Call) -> Iterator[None]:
+    """What surrounds a running body: inner calls know its flights and report what they depend on,
+    and its leases are kept alive. ``call`` is one of those that it answers."""
+    own = [run.flight for run in runs if run.flight is not None]
+    leases = [run.lease for run in runs if run.lease is not None]
+    flights = held_flights.set((*call.held, *own))
+    limit = math.inf
+    if call.background and call.freshness is not None:
+        # beyond its window nobody takes a stale result: others run the node themselves
+        limit = min(BACKGROUND_LEASE, call.freshness.while_revalidate)
+    for lease in leases:
+        _heartbeat.keep(call.backend.cache, lease, limit)
+    call.suspects.extend(own)
     try:
-        with gathering_in((*call.around, step.gathering)):
+        with gathering_in((*call.around, *[run.gathering for run in runs])):
             yield
     finally:
-        if step.flight is not None:
-            call.suspects.remove(step.flight)
-        if step.lease is not None:
-            _heartbeat.drop(step.lease)
+        for flight in own:
+            call.suspects.remove(flight)
+        for lease in leases:
+            _heartbeat.drop(lease)
         # a stream that is closed by the garbage collector ends in another context
         with suppress(ValueError):
             held_flights.reset(flights)
 
 
-def _never() -> Ran:
+def never() -> Ran:
+    """The body of calls whose driver runs it itself."""
     raise AssertionError("the body is run by the driver itself")
 
 
-async def _anever() -> Ran:
+async def anever() -> Ran:
+    """The awaitable one."""
     raise AssertionError("the body is run by the driver itself")
 
 

@@ -7,35 +7,36 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import var_child_runnable_config
+from langgraph.cache.base import FullKey
 
-from langgraph_perf import codec, keys
+from langgraph_perf import keys
 from langgraph_perf._binding import BINDING, SCOPE, Binding
-from langgraph_perf._drive import NOBODY, adrive, cancellations, drive
+from langgraph_perf._call import load
+from langgraph_perf._drive import NOBODY, adrive, drive
 from langgraph_perf._flight import Flight, held_flights
 from langgraph_perf._gathering import (
     Gathering,
-    depends,
-    gathering_in,
     gatherings,
     narrowed,
     part_of,
 )
 from langgraph_perf._identity import call_marks, call_owner
+from langgraph_perf._joint import adrive_many, drive_many
 from langgraph_perf._patience import waiting
 from langgraph_perf._place import NOWHERE, Place
 from langgraph_perf._sealing import Seal
-from langgraph_perf._steps import Call, Ran
+from langgraph_perf._steps import Call, Done, Raised, Ran
 from langgraph_perf._watch import Watch, current_config
 from langgraph_perf.caches.base import Entry, Lookup, tag_id
 from langgraph_perf.errors import CacheMiss, ConfigurationError
-from langgraph_perf.policy import CacheControl, Scope, narrowest_scope, seconds, shortest
+from langgraph_perf.policy import CacheControl, narrowest_scope, seconds, shortest
 from langgraph_perf.stats import NodeCounters
 
 K = TypeVar("K")
@@ -87,13 +88,6 @@ def get_cache(namespace: str, config: RunnableConfig | None = None) -> ItemCache
     )
     narrowed(place.around, scope)
     return ItemCache(namespace, place, control, binding.items.of(namespace), config)
-
-
-class _Missed(NamedTuple):
-    """A key to compute: where it stands in the caller's list, and where to store it."""
-
-    position: int
-    lookup: Lookup | None
 
 
 class ItemCache:
@@ -186,28 +180,30 @@ class ItemCache:
     ) -> list[T]:
         """One value for each of ``keys``, in order.
 
-        ``compute_many`` is called at most once, with the keys that are not stored, each once, and
-        returns their values in the same order. Nobody is waited for: callers that miss the same
-        key at once each compute it.
+        ``compute_many`` is called with the keys that are not stored, each once, and returns their
+        values in the same order. Keys that others compute are left to them, so it is called at
+        most once; unless one of the others fails: then once more, for what that one owed.
 
         Raises:
             ValueError: ``compute_many`` returned another number of values than it got keys.
             ConfigurationError: it returned what has no order, such as a dict.
         """
         batch = _Batch(self, keys, ttl, tags)
-        if self._backend is not None and batch.lookups:
+        if batch.lookups:
+            assert self._backend is not None
             with waiting(self._place.patience):
-                entries = self._backend.read_many(batch.lookups)
-            batch.found(entries)
-        if batch.missed:
-            tokens = self._backend.tokens(batch.marks) if self._backend and batch.marks else ()
+                batch.found(self._backend.read_many(batch.lookups))
+
+        def body(numbers: Sequence[int]) -> list[Ran]:
             started = time.perf_counter()
-            missing = batch.missing_keys()
-            with self._watched(batch.watch), batch.gathering():
+            missing = batch.missing(numbers)
+            with self._watched(batch.watch):
                 values = compute_many(missing)
-            for lookup, entry in batch.computed(values, tokens, time.perf_counter() - started):
-                assert self._backend is not None
-                self._backend.write(lookup.key, entry, None)
+            return batch.computed(numbers, values, time.perf_counter() - started)
+
+        batch.take(drive_many(batch.calls, body))
+        if batch.uncached:
+            body([])
         return batch.values
 
     async def aget_or_set_many(
@@ -220,22 +216,21 @@ class ItemCache:
     ) -> list[T]:
         """Like ``get_or_set_many``, awaiting ``compute_many``."""
         batch = _Batch(self, keys, ttl, tags)
-        if self._backend is not None and batch.lookups:
+        if batch.lookups:
+            assert self._backend is not None
             with waiting(self._place.patience):
-                entries = await self._backend.aread_many(batch.lookups)
-            batch.found(entries)
-        if batch.missed:
-            marks = batch.marks
-            tokens = await self._backend.atokens(marks) if self._backend and marks else ()
+                batch.found(await self._backend.aread_many(batch.lookups))
+
+        async def body(numbers: Sequence[int]) -> list[Ran]:
             started = time.perf_counter()
-            missing = batch.missing_keys()
-            cancelled = cancellations()
-            with self._watched(batch.watch), batch.gathering():
+            missing = batch.missing(numbers)
+            with self._watched(batch.watch):
                 values = await _awaitable("aget_or_set_many", compute_many(missing))
-            batch.watch.asked |= cancellations() > cancelled  # they may be incomplete
-            for lookup, entry in batch.computed(values, tokens, time.perf_counter() - started):
-                assert self._backend is not None
-                await self._backend.awrite(lookup.key, entry, None)
+            return batch.computed(numbers, values, time.perf_counter() - started)
+
+        batch.take(await adrive_many(batch.calls, body))
+        if batch.uncached:
+            await body([])
         return batch.values
 
     # -- inside -----------------------------------------------------------------------------------
@@ -252,8 +247,9 @@ class ItemCache:
     def _call(self, key: Any, ttl: float | timedelta | None, tags: Sequence[str]) -> Call | None:
         limit = seconds("get_or_set(ttl=)", ttl)
         lookup = self._lookup(key, self._tags(tags), limit)
-        if lookup is None:
-            return None
+        return None if lookup is None else self._call_for(lookup)
+
+    def _call_for(self, lookup: Lookup, looked: bool = False) -> Call:
         assert self._backend is not None
         return Call(
             name=f"get_cache({self.namespace!r})",
@@ -272,6 +268,7 @@ class ItemCache:
             on_hit=_unseen,
             held=held_flights.get() or self._held,
             suspects=self._leading,
+            looked=looked,
             scope=self._place.scope,
             owner=self._place.owner,
             marks=self._place.marks,
@@ -369,7 +366,14 @@ def _not_awaitable(value: T) -> T:
 
 
 class _Batch:
-    """The state of one ``get_or_set_many``."""
+    """The state of one ``get_or_set_many``.
+
+    Attributes:
+        values: what it returns.
+        lookups: what to look up first.
+        uncached: the positions of keys that are computed each time, until they have been.
+        calls: what is left to get for the others.
+    """
 
     def __init__(
         self,
@@ -381,117 +385,75 @@ class _Batch:
         _require_keys(keys)
         self._cache = cache
         self._keys = list(keys)
-        self._ttl = shortest(seconds("get_or_set_many(ttl=)", ttl), cache._control.ttl)  # type: ignore[arg-type]
-        self.tags = cache._tags(tags)
-        self.marks = (*self.tags, *cache._place.marks)
+        limit = seconds("get_or_set_many(ttl=)", ttl)
+        tag_ids = cache._tags(tags)
         self.watch = Watch()
-        backend = cache._backend
-        self.inside = None if backend is None else Gathering(backend, self._scope)
         self.values: list[Any] = [None] * len(self._keys)
-        places: dict[Any, list[int]] = {}
-        wheres: dict[Any, Lookup | None] = {}
+        self.uncached: list[int] = []
+        self._places: dict[FullKey, list[int]] = {}
+        missed: list[Lookup] = []
         for position, key in enumerate(self._keys):
-            lookup = cache._lookup(key, self.tags, self._ttl)
-            # without a lookup nothing tells whether two keys are equal: each is its own
-            where = position if lookup is None else lookup.key
-            places.setdefault(where, []).append(position)
-            wheres[where] = lookup
-        self.missed = [_Missed(p[0], wheres[w]) for w, p in places.items()]
-        reads = cache._control.mode != "refresh"
-        self.lookups = [m.lookup for m in self.missed if m.lookup is not None] if reads else []
-        self._positions = {where[0]: where for where in places.values()}
+            lookup = cache._lookup(key, tag_ids, limit)
+            if lookup is None:  # nothing tells whether two such keys are equal: each is its own
+                self.uncached.append(position)
+            elif lookup.key in self._places:
+                self._places[lookup.key].append(position)
+            else:
+                self._places[lookup.key] = [position]
+                missed.append(lookup)
+        if self.uncached and cache._control.mode == "only":
+            raise CacheMiss(cache.namespace)
+        self.lookups = missed if cache._control.mode != "refresh" else []
+        self.calls = [cache._call_for(lookup) for lookup in missed]
 
     def found(self, entries: Sequence[Entry | None]) -> None:
-        """Take the stored values; what is left is ``missed``."""
-        answers = dict(zip((lookup.key for lookup in self.lookups), entries, strict=True))
-        missed = []
-        for miss in self.missed:
-            entry = answers.get(miss.lookup.key) if miss.lookup is not None else None
-            if entry is None or miss.lookup is None:
-                missed.append(miss)
-                continue
-            try:
-                value = self._cache._place.load(miss.lookup.key[1], entry.payload)
-            except codec.DecodeError:
-                self._cache._counters.refused("undecodable")
-                missed.append(miss)
-                continue
-            self._cache._counters.hit(entry.seconds, entry.tokens)
-            assert self._cache._backend is not None
-            depends(self._cache._around, self._cache._backend, entry.deps, self._scope)
-            self._put(miss.position, value)
-        self.missed = missed
+        """Take what is stored."""
+        left = []
+        for call, entry in zip(self.calls, entries, strict=True):
+            served = None if entry is None else load(call, entry, "hit")
+            if served is None:
+                call.looked = True
+                left.append(call)
+            else:
+                self._put(call, served.value)
+        self.calls = left
 
-    def missing_keys(self) -> list[Any]:
-        """The keys to compute, each once."""
-        for _ in self.missed:
-            self._cache._counters.miss()
-        if self._cache._control.mode == "only":
-            raise CacheMiss(self._cache.namespace)
-        return [self._keys[miss.position] for miss in self.missed]
+    def missing(self, numbers: Sequence[int]) -> list[Any]:
+        """The keys to compute: those of these calls, and what has none."""
+        first = [self._places[self.calls[number].key][0] for number in numbers]
+        return [self._keys[position] for position in (*first, *self.uncached)]
 
-    def computed(
-        self, values: Sequence[Any], tokens: Sequence[str] | None, took: float
-    ) -> list[tuple[Lookup, Entry]]:
-        """Take the computed values; returns what to store."""
+    def computed(self, numbers: Sequence[int], values: Sequence[Any], took: float) -> list[Ran]:
+        """Take the values of ``missing``; returns those of the calls."""
         _require_values(self._cache.namespace, values)
-        if len(values) != len(self.missed):
+        count = len(numbers) + len(self.uncached)
+        if len(values) != count:
             raise ValueError(
-                f"compute_many of get_cache({self._cache.namespace!r}) got {len(self.missed)} keys "
+                f"compute_many of get_cache({self._cache.namespace!r}) got {count} keys "
                 f"and returned {len(values)} values; it must return one value for each key"
             )
-        share = took / len(self.missed)
-        entries = []
-        deps = tuple(zip(self.marks, tokens or (), strict=False))
-        place = self._cache._place
-        if place.backend is not None:
-            assert self.inside is not None
-            if place.owner is not None and tokens is not None:
-                pinned = place.owner.pinned(place.backend, deps)
-                deps, tokens = (deps, None) if pinned is None else (pinned, tokens)
-            deps = tuple({**self.inside.deps, **dict(deps)}.items())
-            depends(self._cache._around, place.backend, deps, self._scope)
-        for miss, value in zip(self.missed, values, strict=True):
-            self._cache._counters.ran(share, 0)
-            self._put(miss.position, value)
-            if miss.lookup is None:
-                continue
-            reason = self._taint or ("tags_unavailable" if tokens is None else None)
-            if reason is not None:
-                self._cache._counters.refused(reason)
-                continue
-            try:
-                payload = place.dump(miss.lookup.key[1], value)
-            except codec.EncodeError as exc:
-                if self._cache._counters.refused("unserializable"):
-                    logger.warning("get_cache(%r): not stored: %s", self._cache.namespace, exc)
-                continue
-            assert place.backend is not None
-            now = place.backend.cache.clock()
-            ttl = shortest(self._ttl, place.expires)
-            expires = None if ttl is None else now + ttl
-            entries.append((miss.lookup, Entry(payload, now, expires, deps, share)))
-        return entries
+        taint = self.watch.taint or self._cache._place.taint
+        for position, value in zip(self.uncached, values[len(numbers) :], strict=True):
+            self._cache._counters.miss()
+            self._cache._counters.ran(took / count, 0)
+            self.values[position] = value
+        self.uncached = []
+        return [Ran(values[index], took / count, taint) for index in range(len(numbers))]
 
-    def gathering(self) -> AbstractContextManager[None]:
-        """Around what computes: what it uses, its values depend on."""
-        if self.inside is None:
-            return nullcontext()
-        return gathering_in((*self._cache._around, self.inside))
+    def take(self, done: Sequence[Done | None]) -> None:
+        """Take what became of the calls.
 
-    @property
-    def _taint(self) -> str | None:
-        inside = self.inside
-        if inside is not None and (inside.tainted or inside.elsewhere):
-            return inside.tainted or "tags_elsewhere"
-        return self.watch.taint or self._cache._place.taint
+        Raises:
+            CacheMiss: nothing may be computed, and something is not stored.
+        """
+        for call, each in zip(self.calls, done, strict=True):
+            if isinstance(each, Raised):
+                raise each.error
+            assert each is not None
+            self._put(call, each.value)
 
-    @property
-    def _scope(self) -> Scope:
-        return self._cache._place.scope
-
-    def _put(self, first: int, value: Any) -> None:
-        for position in self._positions[first]:
+    def _put(self, call: Call, value: Any) -> None:
+        for position in self._places[call.key]:
             self.values[position] = value
 
 
