@@ -328,6 +328,11 @@ def call_rows(encoder: NumberingEncoder, calls: list[Any]) -> list[Any] | None:
     return rows
 
 
+def call_record(encoder: NumberingEncoder, call: dict[str, Any]) -> bytes:
+    """A tool call outside of a message."""
+    return _record(encoder, call, _CALL_IDS)
+
+
 def _each(encoder: NumberingEncoder, values: Any, encode: Callable[[Any], bytes]) -> bytes:
     if type(values) is not list:
         return encoder.encode(values)
@@ -374,8 +379,11 @@ def _repeats(raw_calls: Any, own: Mapping[str, Any]) -> bool:
             if raw_call["id"] != call["id"] or function["name"] != call["name"]:
                 return False
             # a call whose arguments could not be parsed has them as text
-            if function["arguments"] != args and from_json(function["arguments"]) != args:
-                return False
+            if function["arguments"] != args:
+                # msgpack tells 1 from True, which are equal
+                raw = packed(args)
+                if raw is None or packed(from_json(function["arguments"])) != raw:
+                    return False
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
     return True

@@ -30,10 +30,12 @@ from langgraph_perf._canonical import (
     refuse,
     text,
 )
+from langgraph_perf._id_places import is_call
 from langgraph_perf._message_rows import (
     MessageKind,
     NumberingEncoder,
     Shadow,
+    call_record,
     call_rows,
     extra_of,
     kind_of,
@@ -41,6 +43,9 @@ from langgraph_perf._message_rows import (
     snapshot,
 )
 from langgraph_perf._value_types import value_plan
+
+TOOL_CALL = b"\xa9tool_call"
+"""How msgpack has the ``type`` of a tool call."""
 
 
 class KeyEncoder(NumberingEncoder):
@@ -55,6 +60,8 @@ class KeyEncoder(NumberingEncoder):
             return _message
         if kind is list:
             return _list
+        if kind is dict:
+            return _dict
         return value_plan(kind) or builtin_plan(kind) or refuse(kind)
 
 
@@ -87,7 +94,16 @@ def _list(encoder: KeyEncoder, value: list[Any]) -> bytes:
         said = _conversation(value, encoder.depth)
         if said is not None:
             return b"L%d:%b" % (len(value), _token(encoder, said))
-    return plain(value) or general_list(encoder, value)
+    raw = plain(value)
+    return general_list(encoder, value) if raw is None or TOOL_CALL in raw else raw
+
+
+def _dict(encoder: KeyEncoder, value: dict[Any, Any]) -> bytes:
+    raw = plain(value)
+    if raw is not None and TOOL_CALL not in raw:
+        return raw
+    # one that a node is sent by itself, say
+    return b"K" + call_record(encoder, value) if is_call(value) else b"m" + encoder.pairs(value)
 
 
 class _Said(NamedTuple):

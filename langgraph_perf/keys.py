@@ -16,8 +16,9 @@ from typing import Any
 from langchain_core.messages import BaseMessage
 
 from langgraph_perf._canonical import MAX_DEPTH, Unkeyable, plain, text
+from langgraph_perf._id_names import named
 from langgraph_perf._message_rows import DIGEST_SIZE
-from langgraph_perf._messages_key import KeyEncoder, content_digest, forget
+from langgraph_perf._messages_key import TOOL_CALL, KeyEncoder, content_digest, forget
 
 _root = lru_cache(256)(text)
 
@@ -41,7 +42,13 @@ def digest(*parts: tuple[str, Any], code_of: Callable[[type], str] | None = None
         encoded.append(_root(root))
         try:
             # most states are plain dicts, which need no traversal
-            encoded.append((type(value) is dict and plain(value)) or encoder.encode(value))
+            raw = plain(value) if type(value) is dict else None
+            if raw is None or TOOL_CALL in raw:
+                raw = encoder.encode(value)
+                names = named(value, encoder.ids)
+                if names:
+                    raw += encoder.encode(names)
+            encoded.append(raw)
         except Unkeyable as exc:
             exc.within(root)
             raise

@@ -812,6 +812,66 @@ def test_tool_nodes_answer_under_the_ids_of_the_current_call() -> None:
     assert executed == [2]
 
 
+@pytest.mark.parametrize("form", ["a list", "with its context"])
+def test_tool_nodes_that_are_sent_calls_answer_each(form: str) -> None:
+    """As prebuilt agents send them: a rerun of the loop hits, an equal call runs once, and each
+    answer has the id of the call that it answers."""
+    executed: list[int] = []
+
+    @tool
+    def double(x: int) -> int:
+        """Double a number."""
+        executed.append(x)
+        return 2 * x
+
+    class Chat(TypedDict):
+        messages: Annotated[list[Any], add_messages]
+
+    def model(state: Any) -> Any:
+        names = [(x, f"call_{uuid.uuid4()}") for x in (1, 2, 1)]
+        calls = [{"name": "double", "args": {"x": x}, "id": name} for x, name in names]
+        return {"messages": [AIMessage("", tool_calls=calls)]}
+
+    def route(state: Any) -> Any:
+        calls = state["messages"][-1].tool_calls
+        if form == "a list":
+            return [Send("tools", [call]) for call in calls]
+        context = {"__type": "tool_call_with_context", "state": state}
+        return [Send("tools", {**context, "tool_call": call}) for call in calls]
+
+    builder = StateGraph(Chat).add_node("model", model).add_edge(START, "model")
+    builder.add_node("tools", ToolNode([double]), cache_policy=CachePolicy())
+    builder.add_conditional_edges("model", route, ["tools"])
+    graph = builder.compile(cache=MemoryCache())
+    for _ in range(2):
+        _, asked, *answers = graph.invoke({"messages": [HumanMessage("?")]})["messages"]
+        said = {answer.tool_call_id: answer.content for answer in answers}
+        assert said == {call["id"]: str(2 * call["args"]["x"]) for call in asked.tool_calls}
+    # with the conversation beside it, it shows which of two equal calls it is
+    assert sorted(executed) == ([1, 2] if form == "a list" else [1, 1, 2])
+
+
+def test_a_choice_by_id_is_answered_with_what_was_chosen() -> None:
+    """An equal conversation in which the named id is another message's is another input."""
+
+    class Chat(TypedDict, total=False):
+        messages: Annotated[list[Any], add_messages]
+        chosen: str
+        answer: str
+
+    def pick(state: Any) -> Any:
+        (found,) = [m for m in state["messages"] if m.id == state["chosen"]]
+        return {"answer": found.content}
+
+    builder = StateGraph(Chat).add_node("node", pick, cache_policy=CachePolicy())
+    graph = builder.add_edge(START, "node").compile(cache=MemoryCache())
+    for ids in (("m1", "m2"), ("m2", "m3"), ("m1", "m2")):
+        said = [HumanMessage(text, id=name) for text, name in zip("ab", ids, strict=True)]
+        want = "ab"[ids.index("m2")]
+        assert graph.invoke({"messages": said, "chosen": "m2"})["answer"] == want
+    assert runs_of(graph) == 2
+
+
 @dataclass
 class DataState:
     query: str = ""

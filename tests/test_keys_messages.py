@@ -209,6 +209,66 @@ def test_provider_copies_of_tool_calls_are_left_out():
     assert key(legacy()) == key(legacy()) != key(AIMessage(""))
 
 
+def test_provider_copies_are_compared_by_type_too():
+    """A raw ``1`` does not say what a parsed ``True`` says, though Python calls them equal."""
+
+    def asked(arguments: str, value: Any) -> AIMessage:
+        raw = [{"id": "a", "function": {"name": "f", "arguments": arguments}}]
+        return AIMessage(
+            "", tool_calls=[call("f", "a", q=value)], additional_kwargs={"tool_calls": raw}
+        )
+
+    assert key(asked('{"q": 1}', True)) != key(asked('{"q": true}', True))
+    assert key(asked('{"q": 1}', 1)) == key(asked(' {"q":1}', 1))
+
+
+def test_tool_calls_that_stand_alone_count_by_position():
+    """What ``Send`` gives to a tool node, alone, in a list, or beside the conversation."""
+
+    def sent(form: str, which: int = 0, *, q: int = 1) -> Any:
+        calls = [call("f", new_id(), q=1), call("f", new_id(), q=q)]
+        if form == "call":
+            return calls[which]
+        if form == "list":
+            return [calls[which]]
+        asked = [HumanMessage("hi"), AIMessage("", tool_calls=calls)]
+        return {"tool_call": calls[which], "state": {"messages": asked}, "__type": "x"}
+
+    for form in ("call", "list", "state"):
+        assert key(sent(form)) == key(sent(form))
+        assert key(sent(form, 1)) != key(sent(form, 1, q=2))
+    # which of two equal calls it is only shows where both are
+    assert key(sent("list")) == key(sent("list", 1))
+    assert key(sent("state")) != key(sent("state", 1))
+    one = call("f", "a", q=1)
+    assert key([one, one]) != key([one, call("f", "b", q=1)])
+    no_call = {"type": "tool_call", "id": "a"}
+    assert key(no_call) != key({**no_call, "id": "b"})
+
+
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: [x], lambda x: {"is": x}, lambda x: (x,)])
+def test_which_message_or_call_a_field_names_counts(form: Any):
+    """Ids are left out of what a conversation says, but not which of them is chosen."""
+
+    def state(chosen: str, ids: str) -> Any:
+        a, b = (call("f", f"call_{each}", q=1) for each in ids)
+        said = [HumanMessage("yes", id=f"h{ids[0]}"), HumanMessage("yes", id=f"h{ids[1]}")]
+        return {"messages": [*said, AIMessage("", tool_calls=[a, b])], "chosen": form(chosen)}
+
+    for chosen in ("call_2", "h2"):
+        assert key(state(chosen, "12")) == key(state(chosen, "12"))
+        assert key(state(chosen, "12")) == key(state(chosen, "32")) != key(state(chosen, "23"))
+        assert key(state(chosen, "45")) != key(state(chosen, "12"))
+        assert key(state(chosen, "45")) == key(state(chosen, "67"))
+
+    @dataclasses.dataclass
+    class Chosen:
+        messages: list[Any]
+        chosen: Any
+
+    assert key(Chosen(**state("h2", "12"))) != key(Chosen(**state("h2", "21")))
+
+
 def test_langchains_own_block_ids_are_left_out():
     """Block ids that LangChain generates do not count, not even in what a user says."""
     one, same = (HumanMessage(content_blocks=[create_text_block("hi")]) for _ in range(2))
