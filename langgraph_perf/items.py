@@ -188,6 +188,7 @@ class ItemCache:
             ValueError: ``compute_many`` returned another number of values than it got keys.
             ConfigurationError: it returned what has no order, such as a dict.
         """
+        _require_callable("get_or_set_many(compute_many=)", compute_many)
         batch = _Batch(self, keys, ttl, tags)
         if batch.lookups:
             assert self._backend is not None
@@ -215,6 +216,7 @@ class ItemCache:
         tags: Sequence[str] = (),
     ) -> list[T]:
         """Like ``get_or_set_many``, awaiting ``compute_many``."""
+        _require_callable("aget_or_set_many(compute_many=)", compute_many)
         batch = _Batch(self, keys, ttl, tags)
         if batch.lookups:
             assert self._backend is not None

@@ -328,6 +328,16 @@ def test_one_string_is_no_list_of_keys(keys: Any) -> None:
         get_cache("x").get_or_set_many(keys, list)
 
 
+async def test_what_computes_must_be_callable() -> None:
+    """It is said before anything is looked up: on a hit nobody would notice."""
+    given: Any = 5
+    for name in ("get_or_set", "get_or_set_many"):
+        with pytest.raises(ConfigurationError, match=rf"^{name}\(compute.*got 5"):
+            getattr(get_cache("x"), name)(["k"], given)
+        with pytest.raises(ConfigurationError, match=rf"^a{name}\(compute.*got 5"):
+            await getattr(get_cache("x"), f"a{name}")(["k"], given)
+
+
 def test_tags_of_items_are_no_templates() -> None:
     """Nothing would be filled in, and no invalidation would reach the item."""
     with MemoryCache() as cache, pytest.raises(ConfigurationError, match="no fields to fill in"):
