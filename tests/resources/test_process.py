@@ -321,7 +321,7 @@ def test_exit_does_not_wait_for_closes_that_hang() -> None:
     out = run(
         """
         from langgraph_perf.resources import _lifecycle
-        _lifecycle.EXIT_SECONDS = 0.2
+        _lifecycle.EXIT_SECONDS = 1.0
 
         async def create():
             return 1
