@@ -49,7 +49,7 @@ class TestCluster(OnRedis):
         return ServersClock(lambda seconds: age(self.client, prefix, seconds))
 
     def make(self, directory: Path, clock: Clock) -> Cache:
-        return RedisCache(self.client, prefix=self.prefix(directory), clock=clock)
+        return self.redis(self.client, directory, clock)
 
 
 class TestTieredCluster(TestCluster):
