@@ -29,7 +29,7 @@ parent = os.getpid()
 """
 
 
-def run(script: str, *, timeout: float = 30) -> str:
+def run(script: str, *, timeout: float = 100) -> str:
     """What a script prints; it must end by itself, successfully and without complaints."""
     done = subprocess.run(
         [sys.executable, "-c", PREAMBLE + textwrap.dedent(script)],
