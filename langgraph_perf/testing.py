@@ -274,8 +274,9 @@ class CacheConformance:
 
     def test_expires(self, cache: Subject, clock: Clock) -> None:
         """An entry is served until its expiry, and not at it."""
-        cache.write(KEY, entry(expires=clock() + 10))
-        clock.advance(10 - self.tolerance)
+        life = max(10.0, 20 * self.tolerance)
+        cache.write(KEY, entry(expires=clock() + life))
+        clock.advance(life - self.tolerance)
         assert cache.one() is not None
         clock.advance(self.tolerance)
         assert cache.one() is None
@@ -283,10 +284,11 @@ class CacheConformance:
     def test_stale_entries_are_served(self, cache: Subject, clock: Clock) -> None:
         """``grace`` is part of the time until the expiry, not of what comes after it: an entry is
         served to its end, and tells its grace."""
+        life = max(10.0, 20 * self.tolerance)
         for key in (KEY, (OWNERS[0], "k")):
-            stored = entry(expires=clock() + 10, grace=8.0)
+            stored = entry(expires=clock() + life, grace=0.8 * life)
             cache.write(key, stored)
-            clock.advance(10 - self.tolerance)
+            clock.advance(life - self.tolerance)
             assert cache.one(key) == stored
             clock.advance(self.tolerance)
             assert cache.one(key) is None
@@ -798,13 +800,14 @@ class LeaseConformance(CacheConformance):
     def test_lease_renews(self, cache: Subject, clock: Clock) -> None:
         """A renewed lease lasts ``lease_seconds`` from now; a lost one cannot be renewed."""
         seconds = cache.cache.lease_seconds
+        left = max(1.0, self.tolerance)
         lease = cache.acquire(KEY)
-        clock.advance(seconds - 1)
+        clock.advance(seconds - left)
         lease = cache.renew(lease)
         assert lease.expires == clock() + seconds
-        clock.advance(seconds - 1)
+        clock.advance(seconds - left)
         assert cache.acquire(KEY) is None
-        clock.advance(1)
+        clock.advance(left)
         assert cache.renew(lease) is None
         new = cache.acquire(KEY)
         assert cache.renew(lease) is None

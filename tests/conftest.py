@@ -17,6 +17,7 @@ from langgraph.pregel import _retry
 from langgraph_perf import DiskCache, MemoryCache, RedisCache, TieredCache
 from langgraph_perf._backend import Backend
 from langgraph_perf.caches.base import Cache
+from langgraph_perf.caches.foreign import ForeignCache
 from langgraph_perf.testing import Clock as Clock
 
 from .redis_server import new_prefix
@@ -25,6 +26,24 @@ from .redis_server import proxy as proxy
 from .redis_server import redis_server as redis_server
 from .resources.helpers import auntil
 from .servers import postgres as postgres
+
+PATIENCE = 20.0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patient() -> Iterator[None]:
+    """Caches that were told no deadline give up late: a second is not much on a busy machine, and
+    what came to nothing then looks like a fault. Tests of deadlines set their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, names in {
+            DiskCache: ["timeout"],
+            RedisCache: ["timeout", "connect_timeout"],
+            ForeignCache: ["deadline"],
+        }.items():
+            for name in names:
+                patch.setitem(kind.__init__.__kwdefaults__, name, PATIENCE)
+        patch.setattr(Backend, "deadline", PATIENCE)
+        yield
 
 
 @pytest.fixture

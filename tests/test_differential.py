@@ -294,7 +294,7 @@ async def test_timeouts_retries_and_error_handlers() -> None:
         builder.add_node(
             "slow",
             slow,
-            timeout=0.2,
+            timeout=1.5,  # the second attempt must not take it, however busy the machine
             retry_policy=RetryPolicy(
                 initial_interval=0.01, jitter=False, retry_on=NodeTimeoutError
             ),

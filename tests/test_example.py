@@ -593,7 +593,13 @@ def test_interrupt_ends_quietly(tmp_path: Path, endpoint: Endpoints) -> None:
     """Ctrl-C in the middle of an answer ends the program at once and without a traceback."""
     endpoint.answer.clear()
     run = command(tmp_path, f"--base-url={endpoint.url}", "--model=stub")
-    with subprocess.Popen(**run, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    # a shell that runs the tests in the background has told them, and so this program, to ignore it
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(**run, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+    with process:
         assert endpoint.asked.wait(60)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)

@@ -97,7 +97,7 @@ async def test_threads_tasks_and_processes_share_one_run(tmp_path: Path) -> None
             return {"answer": "wrong"}
 
         builder = StateGraph(State).add_node("node", node, cache_policy=CachePolicy(version=1))
-        with DiskCache(sys.argv[1]) as cache:
+        with DiskCache(sys.argv[1], timeout=20.0) as cache:
             graph = builder.add_edge(START, "node").compile(cache=cache)
             print("ready", flush=True)
             sys.stdin.readline()
@@ -342,7 +342,10 @@ async def test_a_leader_that_times_out_is_followed_by_another(cache: Cache) -> N
         node,
         cache,
         timeout=TimeoutPolicy(run_timeout=0.5),
-        retry_policy=RetryPolicy(initial_interval=0.01, jitter=False, retry_on=Exception),
+        # as many attempts as a busy machine makes time out
+        retry_policy=RetryPolicy(
+            max_attempts=20, initial_interval=0.01, jitter=False, retry_on=Exception
+        ),
     )
     tasks = [asyncio.create_task(graph.ainvoke({"query": "q"})) for _ in range(3)]
     assert [(await task)["answer"] for task in tasks] == ["done"] * 3

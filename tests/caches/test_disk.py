@@ -526,7 +526,7 @@ with DiskCache(sys.argv[1]) as cache:
     assert cache.write(key(99), Entry(b"x" * 100_000, 1.0))
     assert all(cache.read([Lookup(key(i)) for i in (0, 4, 99)]))
 """
-    subprocess.run([sys.executable, "-c", code, tmp_path / "cache"], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, tmp_path / "cache"], check=True, timeout=100)
     with diskcache.Cache(str(tmp_path / "cache")) as other:
         assert other.check() == []
 
@@ -894,7 +894,7 @@ def test_child_that_forked_inside_an_operation_ends(tmp_path):
         os.execl({sys.executable!r}, {sys.executable!r}, "-c", other, {str(tmp_path)!r})
     """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100
     )
     assert done.stdout == "{(('n',), 'k'): 'after'}\n", done.stderr
 

@@ -279,5 +279,5 @@ fill(cache := MemoryCache(10_000_000), {count})
 assert cache.stats().evicted
 print(rss() - before)
 """
-    grown = int(subprocess.check_output([sys.executable, "-c", code], timeout=60))
+    grown = int(subprocess.check_output([sys.executable, "-c", code], timeout=100))
     assert grown <= 15_000_000

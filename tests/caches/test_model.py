@@ -23,6 +23,8 @@ OWNERS = [(OWNED, "thread", "1"), (OWNED, "thread", "2"), (OWNED, "run", "1")]
 NAMESPACES = [(), ("a",), ("a", "b"), *OWNERS]
 keys = st.tuples(st.sampled_from(NAMESPACES), st.sampled_from(["", "x", "y"]))
 tags = st.sampled_from(["docs", "user"])
+UNIT = 100
+"""Seconds. The server's time goes on by itself, but not so far that anything ends too early."""
 
 
 class Model(RuleBasedStateMachine):
@@ -70,7 +72,7 @@ class Model(RuleBasedStateMachine):
     @rule(key=keys, payload=st.binary(max_size=50), ttl=st.none() | st.integers(0, 20))
     def put(self, key, payload, ttl) -> None:
         now = self.clock()
-        entry = Entry(payload, now, None if ttl is None else now + ttl)
+        entry = Entry(payload, now, None if ttl is None else now + ttl * UNIT)
         assert self.cache.write(key, entry)
         self.entries[key] = entry
 
@@ -99,11 +101,11 @@ class Model(RuleBasedStateMachine):
         self.dead |= {dep for e in self.entries.values() for dep in e.deps if dep[0] in tags}
         self.dead |= {(tag_id(t), token) for t, token in self.taken.items() if tag_id(t) in tags}
 
-    @rule(seconds=st.sampled_from([0.5, 1, 5, 20]))
-    def wait(self, seconds) -> None:
-        self.clock.advance(seconds)
+    @rule(units=st.sampled_from([0.5, 1, 5, 20]))
+    def wait(self, units) -> None:
+        self.clock.advance(units * UNIT)
         if "redis" in self.kind:
-            self.server.age(self.prefix, seconds)
+            self.server.age(self.prefix, units * UNIT)
 
     @rule(namespaces=st.none() | st.lists(st.sampled_from(NAMESPACES), max_size=2))
     def clear(self, namespaces) -> None:
@@ -138,7 +140,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(asked=st.lists(st.tuples(keys, st.none() | st.integers(1, 10)), min_size=1, max_size=4))
     def get(self, asked) -> None:
-        lookups = [Lookup(key, max_age=max_age) for key, max_age in asked]
+        lookups = [Lookup(key, max_age=max_age and max_age * UNIT) for key, max_age in asked]
         assert self.cache.read(lookups) == [self._expected(lookup) for lookup in lookups]
 
     def _expected(self, lookup: Lookup) -> Entry | None:

@@ -320,7 +320,7 @@ def test_a_reader_does_not_fail_a_clear(tmp_path: Path) -> None:
         cache.write((B, "k"), entry())
         assert files_with(directory, b"SECRET") == []
         with cache._db.connection() as con:
-            assert con.execute("PRAGMA busy_timeout").fetchone() == (1000,)
+            assert con.execute("PRAGMA busy_timeout").fetchone() == (cache.timeout * 1000,)
 
 
 # -- Redis ----------------------------------------------------------------------------------------

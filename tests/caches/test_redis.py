@@ -132,7 +132,7 @@ def test_ping_says_what_is_wrong(own_server: Server, mode: str) -> None:
         f"redis://:s3cret@{place}/99": [f"{place}, database 99", "no such database"],
         f"rediss://:s3cret@{place}/0": [place, "redis:// if this one does not"],
     }.items():
-        with RedisCache(url, timeout=0.3, connect_timeout=0.3) as cache:
+        with RedisCache(url, timeout=2.0, connect_timeout=2.0) as cache:
             ping = cache.ping if mode == "sync" else lambda c=cache: asyncio.run(c.aping())
             with pytest.raises(ConfigurationError) as caught:
                 ping()
@@ -281,7 +281,7 @@ async def test_a_sentinel_that_hangs(own_server: Server, prefix: str, tmp_path: 
     config.write_text(f"port {port}\nsentinel monitor main 127.0.0.1 {own_server.port} 1\n")
     with Server.sentinel(port, config) as sentinel, own_server.client() as admin:
         client = Sentinel([("127.0.0.1", port)]).master_for("main")
-        with RedisCache(client, prefix=prefix, timeout=0.3, connect_timeout=0.3) as cache:
+        with RedisCache(client, prefix=prefix, timeout=1.0, connect_timeout=1.0) as cache:
             cache.ping()
             with sentinel.stopped():
                 admin.client_kill_filter(_type="normal", skipme=True)
@@ -290,7 +290,7 @@ async def test_a_sentinel_that_hangs(own_server: Server, prefix: str, tmp_path: 
                     cache.read([Lookup(KEY)])
                 with pytest.raises(TimeoutError):
                     await cache.aread([Lookup(KEY)])
-                assert time.monotonic() - started < 3.0
+                assert time.monotonic() - started < 10.0
 
 
 def test_without_the_extra() -> None:
@@ -334,11 +334,17 @@ async def test_what_comes_meanwhile_goes_out_together(cache: RedisCache) -> None
 
 def test_threads_share_round_trips(redis_server: Server, prefix: str, proxy: Proxy) -> None:
     """While one thread's request is under way, the others' gather."""
-    proxy.delay = 0.05
+    proxy.delay = 0.1
+    started = threading.Barrier(32)  # it takes a busy machine a while to start them
+
+    def read(_: int) -> Any:
+        started.wait(60)
+        return cache.read([Lookup(KEY)])[0]
+
     with RedisCache(proxy.url, prefix=prefix) as cache, ThreadPoolExecutor(32) as pool:
         cache.write(KEY, entry())
         before = cache.round_trips
-        found = list(pool.map(lambda _: cache.read([Lookup(KEY)])[0], range(32)))
+        found = list(pool.map(read, range(32)))
         assert found == [entry()] * 32
         assert cache.round_trips - before <= 8
         assert proxy.connections == 1
@@ -378,7 +384,7 @@ def test_a_follower_that_leaves_is_not_waited_for(
     """Who gives up waiting, or is interrupted, while others use the line passes his turn on."""
     with RedisCache(proxy.url, prefix=prefix, timeout=5.0) as cache, ThreadPoolExecutor(3) as pool:
         cache.ping()
-        proxy.delay = 0.3
+        proxy.delay = 1.0
         line = cache._line
         assert isinstance(line, Line)
         leader = pool.submit(cache.read, [Lookup(KEY)])
@@ -423,10 +429,10 @@ def test_an_answer_that_drips_has_one_deadline(
     redis_server: Server, prefix: str, proxy: Proxy, mode: str
 ) -> None:
     """However many pieces an answer comes in, the operation ends in time."""
-    with RedisCache(proxy.url, prefix=prefix, timeout=0.3) as cache:
-        cache.write(KEY, entry(b"x" * 400_000))
+    with RedisCache(proxy.url, prefix=prefix, timeout=1.0) as cache:
+        assert cache.write(KEY, entry(b"x" * 400_000))
         assert cache.read([Lookup(KEY)]) != [None]
-        proxy.drip = 0.05
+        proxy.drip = 0.1  # ten seconds in all
 
         async def read() -> None:
             await cache.aread([Lookup(KEY)])
@@ -434,7 +440,7 @@ def test_an_answer_that_drips_has_one_deadline(
         started = time.monotonic()
         with pytest.raises(TimeoutError):
             cache.read([Lookup(KEY)]) if mode == "sync" else asyncio.run(read())
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 5.0
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
@@ -449,7 +455,7 @@ def test_closing_in_the_middle(redis_server: Server, prefix: str, proxy: Proxy, 
 
     async def amain() -> None:
         await cache.aping()
-        proxy.delay = 1.0
+        proxy.delay = 10.0
         line = cache._async_line()
         before = cache.round_trips
         reading = asyncio.create_task(cache.aread([Lookup(KEY)]))
@@ -464,7 +470,7 @@ def test_closing_in_the_middle(redis_server: Server, prefix: str, proxy: Proxy, 
         asyncio.run(amain())
         return
     cache.ping()
-    proxy.delay = 1.0
+    proxy.delay = 10.0
     line = cache._line
     assert isinstance(line, Line)
     with ThreadPoolExecutor(1) as pool:
@@ -784,12 +790,13 @@ def test_a_lease_granted_to_nobody(redis_server: Server, prefix: str, proxy: Pro
 
         async def main() -> None:
             await cache.aping()
-            proxy.delay = 0.2
+            proxy.delay = 1.0
             before = cache.round_trips
             asking = asyncio.create_task(cache.aacquire(KEY))
             while cache.round_trips == before:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0)
             assert not asking.done()
+            proxy.delay = 0.0  # for what is asked from now on
 
         asyncio.run(main())
         free_again(other)
@@ -859,8 +866,12 @@ def store(cache: Any, payload: bytes = b"value") -> None:
     cache.write(KEY, entry(payload, deps=((DOCS, token),)))
 
 
-def test_first_tier_hits_cost_no_round_trip(tiers: TieredCache) -> None:
+def test_first_tier_hits_cost_no_round_trip(
+    tiers: TieredCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once its tags are known, a hit asks nobody, sync or async."""
+    # a busy machine may keep the listener from renewing it for longer than a view holds
+    monkeypatch.setattr("langgraph_perf.caches._redis_view.VIEW_SECONDS", 10.0)
     store(tiers)
     known(tiers, Lookup(KEY, (DOCS,)))
     found = [tiers.read([Lookup(KEY, (DOCS,))])[0] for _ in range(100)]
@@ -932,6 +943,7 @@ def test_a_server_that_tells_nothing(own_server: Server, caplog: pytest.LogCaptu
         tiers.pause(KEY, 1.0)
         other.write(KEY, entry(b"done"), lease)
         assert other.read([Lookup(KEY)]) == [entry(b"done")]
+        until(lambda: "Redis tells nothing unasked" in caplog.text)  # the listener's thread does
     assert caplog.text.count("Redis tells nothing unasked") == 1
 
 
@@ -995,8 +1007,12 @@ def test_a_token_from_after_a_read_is_not_taken(cache: RedisCache, tiers: Tiered
     assert tiers.read([Lookup(KEY)]) == [None]
 
 
-def test_own_invalidations_count_at_once(tiers: TieredCache, redis_server: Server) -> None:
+def test_own_invalidations_count_at_once(
+    tiers: TieredCache, redis_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Alone with the server, an invalidation need not wait, and counts from its return."""
+    # what it would wait, told apart from what a busy machine takes
+    monkeypatch.setattr("langgraph_perf.caches._redis_steps.VIEW_SECONDS", 10.0)
     with redis_server.client() as client:
         # one that is younger may have forgotten views in a crash
         until(lambda: client.info("server")["uptime_in_seconds"] > 1)
@@ -1005,13 +1021,13 @@ def test_own_invalidations_count_at_once(tiers: TieredCache, redis_server: Serve
         known(tiers, Lookup(KEY))
         started = time.monotonic()
         tiers.invalidate("docs")
-        assert time.monotonic() - started < 0.05
+        assert time.monotonic() - started < 10.0
         assert tiers.read([Lookup(KEY)]) == [None]
 
 
 def test_a_cut_view_serves_nothing(redis_server: Server, proxy: Proxy, prefix: str) -> None:
     """While nothing can be heard, no token is known; what changed meanwhile counts afterwards."""
-    quick = RedisCache(proxy.url, prefix=prefix, timeout=0.3)
+    quick = RedisCache(proxy.url, prefix=prefix, timeout=1.0)
     with TieredCache(MemoryCache(), quick) as tiers:
         store(tiers)
         known(tiers, Lookup(KEY))
@@ -1039,7 +1055,7 @@ def test_a_new_connection_brings_no_old_tokens_back(
 ) -> None:
     """What changed while the listener's connection was lost is not served after it has another one,
     although nobody has asked for its tags since."""
-    quick = RedisCache(proxy.url, prefix=prefix, timeout=0.3)
+    quick = RedisCache(proxy.url, prefix=prefix, timeout=1.0)
     other_key = (KEY[0], "other")
     with (
         TieredCache(MemoryCache(), quick) as tiers,
@@ -1057,7 +1073,7 @@ def test_a_new_connection_brings_no_old_tokens_back(
 
         def warm() -> bool:
             for tier in tiers._tiers:
-                tier._away_until = 0.0
+                ask_again(tier)
             before = quick.round_trips
             return tiers.read([Lookup(other_key)]) != [None] and quick.round_trips == before
 
@@ -1095,12 +1111,17 @@ def test_a_restarted_server_may_have_forgotten_views(own_server: Server, prefix:
     with TieredCache(MemoryCache(), RedisCache(own_server.url, prefix=prefix)) as tiers:
         store(tiers)
         known(tiers, Lookup(KEY))
-        own_server.send(signal.SIGKILL)
-        own_server.start()
-        with RedisCache(own_server.url, prefix=prefix) as other:
-            started = time.monotonic()
-            other.invalidate("docs")
-            assert time.monotonic() - started >= 0.05
+        # it says so for a second at least, which a busy machine may miss
+        for _ in range(10):
+            own_server.send(signal.SIGKILL)
+            own_server.start()
+            with RedisCache(own_server.url, prefix=prefix) as other, own_server.client() as client:
+                started = time.monotonic()
+                other.invalidate("docs")
+                took = time.monotonic() - started
+                if client.info("server")["uptime_in_seconds"] <= 1:
+                    break
+        assert took >= 0.05
 
 
 def test_what_changes_while_it_is_asked_for_is_not_remembered(tiers: TieredCache) -> None:
@@ -1124,22 +1145,24 @@ def test_what_changes_while_it_is_asked_for_is_not_remembered(tiers: TieredCache
 def test_the_listener_ends_with_its_cache(redis_server: Server, prefix: str) -> None:
     """Closed or forgotten, a cache leaves no thread behind."""
 
-    def listeners() -> list[threading.Thread]:
-        return [t for t in threading.enumerate() if t.name == "langgraph-perf-redis"]
+    before = set(threading.enumerate())  # of other tests, which may end meanwhile
 
-    before = len(listeners())
+    def listeners() -> int:
+        threads = set(threading.enumerate()) - before
+        return len([thread for thread in threads if thread.name == "langgraph-perf-redis"])
+
     tiers = TieredCache(MemoryCache(), RedisCache(redis_server.url, prefix=prefix))
     store(tiers)
     known(tiers, Lookup(KEY))
-    assert len(listeners()) == before + 1
+    assert listeners() == 1
     tiers.close()
-    assert len(listeners()) == before
+    assert listeners() == 0
     tiers = TieredCache(MemoryCache(), RedisCache(redis_server.url, prefix=prefix))
     store(tiers)
     known(tiers, Lookup(KEY))
     del tiers
     gc.collect()
-    assert len(listeners()) == before
+    assert listeners() == 0
 
 
 # -- waiting for another's result -----------------------------------------------------------------
@@ -1149,10 +1172,19 @@ def test_the_listener_ends_with_its_cache(redis_server: Server, prefix: str) -> 
 @pytest.mark.parametrize("how", ["write", "newer write", "release", "expire"])
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_who_waits_is_woken(
-    cache: RedisCache, redis_server: Server, prefix: str, how: str, mode: str, key: Any
+    cache: RedisCache,
+    redis_server: Server,
+    prefix: str,
+    how: str,
+    mode: str,
+    key: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A pause ends when the lease is given back, with or without a result, and not much later."""
-    cache.lease_seconds = 0.3 if how == "expire" else 30
+    """A pause ends when the lease is given back, with or without a result, and not when it would
+    have ended anyway."""
+    # however long a busy machine takes until the server tells
+    monkeypatch.setattr("langgraph_perf.caches.redis._POLL", 10.0)
+    cache.lease_seconds = 1.5 if how == "expire" else 30
     lease = cache.acquire(key)
     assert lease is not None
     with RedisCache(redis_server.url, prefix=prefix) as other, ThreadPoolExecutor(1) as pool:
@@ -1173,7 +1205,7 @@ def test_who_waits_is_woken(
             cache.write(key, entry())
         elif how == "release":
             cache.release(lease)
-        assert waiting.result(10) - started < 1.0
+        assert waiting.result(10) - started < 5.0
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])

@@ -49,7 +49,7 @@ class TestCluster(OnRedis):
         return ServersClock(lambda seconds: age(self.client, prefix, seconds))
 
     def make(self, directory: Path, clock: Clock) -> Cache:
-        return RedisCache(self.client, prefix=self.prefix(directory), clock=clock)
+        return self.redis(self.client, directory, clock)
 
 
 class TestTieredCluster(TestCluster):
@@ -75,7 +75,7 @@ def test_nodes_that_hang(client: Any) -> None:
     prefix = new_prefix()
     nodes = client.info("server", target_nodes=redis.RedisCluster.ALL_NODES)
     pids = [info["process_id"] for info in nodes.values()]
-    with RedisCache(client, prefix=prefix, timeout=0.3) as cache:
+    with RedisCache(client, prefix=prefix, timeout=1.0) as cache:
         assert cache.write(KEY, entry())
 
         async def read() -> None:
@@ -91,7 +91,7 @@ def test_nodes_that_hang(client: Any) -> None:
                 asyncio.run(read())
             with pytest.raises(TimeoutError):
                 cache.clear()
-            assert time.monotonic() - started < 3.0
+            assert time.monotonic() - started < 10.0
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)

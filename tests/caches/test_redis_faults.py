@@ -23,7 +23,8 @@ from tests.redis_server import Proxy, Server, free_port, new_prefix
 from tests.servers import ask_again
 from tests.test_single_flight import until
 
-TIMEOUT = 0.2
+TIMEOUT = 0.5
+"""Long enough that what a busy machine adds to it is little beside the deadlines of a whole run."""
 
 
 class State(TypedDict, total=False):
@@ -104,7 +105,7 @@ def read_only(server: Server, proxy: Proxy) -> Iterator[None]:
 
 @contextmanager
 def slow(server: Server, proxy: Proxy) -> Iterator[None]:
-    proxy.delay = 0.25
+    proxy.delay = 1.25 * TIMEOUT
     yield
     proxy.delay = 0.0
 
@@ -261,9 +262,7 @@ def test_a_server_that_is_away_costs_little_once_that_is_known() -> None:
 
 def test_the_first_tier_goes_on_while_the_server_is_away(own_server: Server) -> None:
     """What depends on no tag is served by the first tier, and what was stored there meanwhile."""
-    cache = TieredCache(
-        MemoryCache(), RedisCache(own_server.url, timeout=TIMEOUT, connect_timeout=TIMEOUT)
-    )
+    cache = TieredCache(MemoryCache(), RedisCache(own_server.url))
     builder = StateGraph(State)
     runs: list[str] = []
 
@@ -284,7 +283,7 @@ def test_the_first_tier_goes_on_while_the_server_is_away(own_server: Server) -> 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_run_loses_one_deadline(proxy: Proxy, mode: str, tiers: bool) -> None:
     """A server that goes deaf while a node runs is not asked again for the nodes that follow."""
-    cache: Cache = RedisCache(proxy.url, prefix=new_prefix(), timeout=0.5, connect_timeout=0.5)
+    cache: Cache = RedisCache(proxy.url, prefix=new_prefix(), timeout=2.0, connect_timeout=2.0)
     if tiers:
         cache = TieredCache(MemoryCache(), cache)
     builder = StateGraph(State)
@@ -297,13 +296,13 @@ def test_a_run_loses_one_deadline(proxy: Proxy, mode: str, tiers: bool) -> None:
     builder.add_node("first", first, cache_policy=policy)
     builder.add_node("second", lambda state: {"answer": "about q"}, cache_policy=policy)
     builder.add_edge(START, "first").add_edge("first", "second")
-    assert run(builder.compile(cache=cache), ["q"], mode) < 0.9
+    assert run(builder.compile(cache=cache), ["q"], mode) < 3.8
     cache.close()
 
 
 def test_a_tier_left_alone_opens_no_breaker(own_server: Server) -> None:
     """One pause after an outage is enough: the graph's own does not come on top of the tier's."""
-    server = RedisCache(own_server.url, timeout=TIMEOUT, connect_timeout=TIMEOUT)
+    server = RedisCache(own_server.url)
     with TieredCache(MemoryCache(), server) as cache:
         graph, runs = build(cache)
         cache._tiers[-1].failed("read", TimeoutError())

@@ -156,10 +156,10 @@ def test_a_holder_that_is_gone_is_replaced_and_fenced(redis_server: Server, how:
     """A holder that dies, hangs or loses its network is replaced within its lease, and its late
     result refused."""
     prefix, proxy = new_prefix(), Proxy(redis_server.port)
-    where = (proxy.url, prefix, "redis", 0.5)
+    where = (proxy.url, prefix, "redis", 2.0)
     with (
         child(serve, *where) as (process, pipe),
-        open_cache(redis_server.url, prefix, "redis", 0.5) as cache,
+        open_cache(redis_server.url, prefix, "redis", 60.0) as cache,
     ):
         assert pipe.recv() == "ready"
         late = ask(pipe, "acquire", KEY)
@@ -173,7 +173,7 @@ def test_a_holder_that_is_gone_is_replaced_and_fenced(redis_server: Server, how:
         started = time.monotonic()
         while (lease := cache.acquire(KEY)) is None:
             cache.pause(KEY, 1.0)
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 5.0
         if how == "stopped":
             os.kill(process.pid, signal.SIGCONT)
         proxy.deaf = False
@@ -197,7 +197,7 @@ def build(cache: Cache, node: Any) -> Any:
 
 
 def one_graph(pipe: Connection, url: str, prefix: str) -> None:
-    """Five threads and five tasks that ask for one cold key."""
+    """Five threads and five tasks that ask for one cold key, whose lease is a long one."""
     runs: list[float] = []
 
     def node(state: State) -> State:
@@ -206,7 +206,7 @@ def one_graph(pipe: Connection, url: str, prefix: str) -> None:
         runs.append(time.monotonic())
         return {"answer": "done"}
 
-    with open_cache(url, prefix) as cache:
+    with open_cache(url, prefix, lease_seconds=60.0) as cache:
         graph = build(cache, node)
         pipe.send("ready")
         pipe.recv()
@@ -231,9 +231,12 @@ def one_graph(pipe: Connection, url: str, prefix: str) -> None:
         pipe.send((runs, max(finished)))
 
 
-def test_one_run_between_processes(redis_server: Server) -> None:
+def test_one_run_between_processes(redis_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads and tasks of four processes that ask for one key run the node once, and those that
     wait are woken by its end rather than by the next look."""
+    # so late that it is told apart from what a busy machine takes, also in the children
+    monkeypatch.setattr("langgraph_perf._call.NOTIFIED", 60.0)
+    monkeypatch.setattr("langgraph_perf.caches.redis._POLL", 60.0)
     prefix = new_prefix()
     with contextlib.ExitStack() as stack:
         pipes = [
@@ -248,8 +251,8 @@ def test_one_run_between_processes(redis_server: Server) -> None:
                 pass
             results.append(said)
     (ended,) = [end for runs, _ in results for end in runs]
-    # the machine may be busy; looks alone would take up to a second
-    assert max(finished for _, finished in results) - ended < 0.5
+    # looks alone would take until the end of the lease
+    assert max(finished for _, finished in results) - ended < 5.0
 
 
 def run_until_killed(pipe: Connection, url: str, prefix: str) -> None:
@@ -280,7 +283,7 @@ def first_one_never_ends(pipe: Connection, url: str, prefix: str) -> None:
     """Four threads and four tasks that ask for one cold key; the first run there is says so, and
     goes on until it is killed."""
     with (
-        open_cache(url, prefix, "redis", 2.0) as cache,
+        open_cache(url, prefix, "redis", 4.0) as cache,
         redis.Redis.from_url(url) as client,
     ):
 

@@ -396,7 +396,7 @@ def _job(
 def _in_a_process(job: dict[str, Any], *, killed: bool = False) -> Any:
     command = [sys.executable, "-m", "tests.checkpoint.worker", json.dumps(job)]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=100)
     assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr
     return None if killed else json.loads(done.stdout)
 

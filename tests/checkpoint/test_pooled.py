@@ -316,10 +316,11 @@ class Stuck(InMemorySaver):
 async def test_tasks_wait_as_long_as_the_pool_says_and_in_order(max_waiting: int) -> None:
     """A task that gives up, or is cancelled, leaves its turn to the next one."""
     end, order = asyncio.Event(), list[str]()
-    resource = Pool(lambda: Stuck(end, order), max_size=1, timeout=0.05, max_waiting=max_waiting)
+    resource = Pool(lambda: Stuck(end, order), max_size=1, timeout=None, max_waiting=max_waiting)
     async with apooled(resource) as checkpointer:
         first = asyncio.create_task(aput(checkpointer, "first"))
         await auntil(lambda: bool(order))
+        resource._timeout = 0.05
         with pytest.raises(PoolTimeout):
             await aput(checkpointer, "late")
         resource._timeout = None

@@ -418,7 +418,7 @@ def test_a_thread_deleted_by_another_process(tmp_path: Path) -> None:
         subprocess.run(
             [sys.executable, "-c", _OTHER, str(tmp_path / "db"), str(tmp_path / "cache")],
             check=True,
-            timeout=60,
+            timeout=100,
         )
         assert disk.stats().entries == 0
         run(graph, "t")

@@ -13,7 +13,7 @@ from typing import Any
 from langgraph_perf.resources import Resource
 from langgraph_perf.resources import _reaper as reaper_module
 
-PATIENCE = 10.0
+PATIENCE = 30.0
 
 
 def until(holds: Callable[[], bool]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
@@ -323,8 +324,7 @@ async def test_many_async_callers_take_few_threads(watch: Watch) -> None:
 
     class Connection:
         def __init__(self) -> None:
-            self.number = len(made)
-            made.append(self)
+            self.number = next(numbers)
 
         def __enter__(self) -> None:
             inside.append(self.number)
@@ -335,7 +335,7 @@ async def test_many_async_callers_take_few_threads(watch: Watch) -> None:
 
         def __exit__(self, *exc: object) -> None: ...
 
-    made: list[Connection] = []
+    numbers = itertools.count()  # in whichever thread each of them is made
     db = watch(FromContext(Connection))
 
     async def use() -> None:

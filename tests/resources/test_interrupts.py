@@ -43,7 +43,7 @@ def all_together(shared: Any) -> None:
 
 
 def plain(maker: Maker) -> Any:
-    return Pool(maker.create, max_size=2, timeout=0.5, close=maker.close)
+    return Pool(maker.create, max_size=2, timeout=20, close=maker.close)
 
 
 def cautious(maker: Maker) -> Any:
@@ -51,7 +51,7 @@ def cautious(maker: Maker) -> Any:
     return Pool(
         maker.create,
         max_size=2,
-        timeout=0.5,
+        timeout=20,
         check=lambda thing: next(answers),
         reset=lambda thing: None,
         close=maker.close,
@@ -59,15 +59,15 @@ def cautious(maker: Maker) -> Any:
 
 
 def short_lived(maker: Maker) -> Any:
-    return Pool(maker.create, max_size=2, timeout=0.5, max_lifetime=1e-9, close=maker.close)
+    return Pool(maker.create, max_size=2, timeout=20, max_lifetime=1e-9, close=maker.close)
 
 
 def keyed(maker: Maker) -> Any:
-    return Keyed(maker.create, max_size=1, timeout=0.5, close=maker.close)
+    return Keyed(maker.create, max_size=1, timeout=20, close=maker.close)
 
 
 def shared(maker: Maker) -> Any:
-    return Shared(maker.create, timeout=0.5, close=maker.close)
+    return Shared(maker.create, timeout=20, close=maker.close)
 
 
 def interrupted(use: Use, resource: Resource[Any], point: int) -> bool:

@@ -22,7 +22,7 @@ from langgraph_perf.resources import Pool, Shared, _core, _offload
 from langgraph_perf.resources import _lease as lease_module
 from langgraph_perf.resources._waiters import TaskWaiter
 
-from .helpers import Holder, Maker, Thing, auntil, check_sound, passes, until
+from .helpers import FakeTime, Holder, Maker, Thing, auntil, check_sound, passes, until
 
 Watch = Callable[[Pool[Any]], Pool[Thing]]
 Task = asyncio.Task[Any]
@@ -263,11 +263,12 @@ async def test_a_slow_load_times_out_and_serves_later_callers(
     assert maker.attempts == 1
 
 
-async def test_a_slow_async_check_times_out(watch: Watch, maker: Maker) -> None:
+async def test_a_slow_async_check_times_out(watch: Watch, maker: Maker, clock: FakeTime) -> None:
     """It is cut short at the deadline, and its object, whose state nobody knows, is closed."""
     ended: list[str] = []
 
     async def check(thing: Thing) -> None:
+        clock.now += 1  # not before: a check that begins too late is not begun
         try:
             await asyncio.Event().wait()
         finally:
@@ -712,16 +713,17 @@ async def test_waiting_never_blocks_the_loop_nor_its_threads(watch: Watch, maker
             worst = max(worst, time.perf_counter() - began)
         return worst
 
-    before = min([await probe() for _ in range(3)])
+    before = min([await probe() for _ in range(5)])
     async with pool.alease(), pool.alease():
         waiters = [AsyncHolder(pool) for _ in range(200)]
         await auntil(lambda: pool.stats().waiting == 200)
-        during = min([await probe() for _ in range(3)])
+        during = min([await probe() for _ in range(5)])
         assert loop.is_running()
     for waiter in waiters:
         waiter.let_go.set()
     await asyncio.gather(*(waiter.task for waiter in waiters))
-    assert during - before <= 0.020
+    # what the machine is busy with besides, it is not each time
+    assert during - before <= 0.100
 
 
 async def test_blocking_factories_do_not_use_the_default_executor(
@@ -879,8 +881,7 @@ def test_two_event_loops_one_after_the_other(watch: Watch, maker: Maker) -> None
 
     first, second = asyncio.run(use()), asyncio.run(use())
     assert first is not second
-    until(lambda: first.closed)
-    assert pool.stats().size == 1
+    until(lambda: first.closed and pool.stats().size == 1)
 
 
 def test_a_close_that_hangs_without_its_loop_delays_nobody(watch: Watch, maker: Maker) -> None:

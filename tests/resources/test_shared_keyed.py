@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -363,13 +362,20 @@ def test_waiting_for_a_load_does_not_stop_others(
         holder.finish()
 
 
-def test_384_leases_of_8_keys_in_4_places_need_few_loads(watch: Watch, maker: Maker) -> None:
+def test_384_leases_of_8_keys_in_4_places_need_few_loads(
+    watch: Watch, maker: Maker, clock: FakeTime
+) -> None:
     """At most 40 loads, and every lease gets the object of its key."""
-    models = watch(Keyed(maker.create, max_size=4, close=maker.close))
+    models = watch(Keyed(maker.create, max_size=4, timeout=None, close=maker.close))
     go = threading.Barrier(64)
+    done: list[int] = []
+
+    def all_queue() -> bool:
+        finished, stats = len(done), models.stats()
+        return finished + stats.waiting + stats.loading + stats.closing == 64
 
     def create(key: object) -> Thing:
-        time.sleep(0.005)  # a load takes its time, or nobody would queue
+        until(all_queue)  # a load takes longer than the others need to come, however slow they are
         return Maker.create(maker, key)
 
     models._core.hooks._create = create
@@ -380,7 +386,7 @@ def test_384_leases_of_8_keys_in_4_places_need_few_loads(watch: Watch, maker: Ma
             key = (number + turn * 3) % 8
             with models.lease(key) as thing:
                 assert thing.key == key
-                time.sleep(0.002)
+        done.append(number)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(64)]
     for thread in threads:
