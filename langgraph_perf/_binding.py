@@ -11,7 +11,7 @@ import asyncio
 import re
 import secrets
 import weakref
-from collections.abc import Mapping, MutableSet
+from collections.abc import Callable, Mapping, MutableSet
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from langgraph_perf._locks import new_lock
 from langgraph_perf._owner import DEAD, Pins, run_namespace
 from langgraph_perf._patience import Patience
 from langgraph_perf._refresh import Refreshes
+from langgraph_perf.codec import Allowlist
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.policy import CacheControl
 from langgraph_perf.stats import ItemCounters
@@ -87,6 +88,7 @@ class Binding:
         pins: the tokens that the run goes by for what its thread and itself own.
         patience: what the outermost run has lost to slow caches.
         seen: the caches of graphs inside, which the outermost graph is to know.
+        types: the types that the graph's schemas name, and items may be made of.
     """
 
     __slots__ = (
@@ -107,6 +109,7 @@ class Binding:
         "run_id",
         "saver",
         "seen",
+        "types",
     )
 
     def __init__(
@@ -126,6 +129,7 @@ class Binding:
         pins: Pins,
         patience: Patience,
         seen: MutableSet[Backend],
+        types: Callable[[], Allowlist],
     ) -> None:
         self.backend = backend
         self.continued = False
@@ -143,6 +147,7 @@ class Binding:
         self.pins = pins
         self.patience = patience
         self.seen = seen
+        self.types = types
 
     @property
     def serde(self) -> Any:
@@ -193,6 +198,7 @@ def make_binding(
     overridden: bool,
     saver: Any,
     seen: MutableSet[Backend],
+    types: Callable[[], Allowlist],
 ) -> Binding:
     """The binding of a run that starts now.
 
@@ -207,6 +213,7 @@ def make_binding(
         overridden: whether resources of the graph are replaced for a test.
         saver: the graph's own checkpointer; within a parent, the parent's.
         seen: where the caches of graphs inside are noted; within a parent, the parent's.
+        types: the types that the graph's own schemas name.
 
     Raises:
         ConfigurationError: ``configurable["cache_control"]`` is not valid.
@@ -254,6 +261,7 @@ def make_binding(
         pins,
         patience,
         seen,
+        types,
     )
     if parent is None:
         with _registering:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ class Place(NamedTuple):
         around: the computations that the node is part of, outermost first.
         conf: the node's ``configurable``.
         patience: what the run may lose to the cache; ``None`` where that never waits.
+        types: the types that items may be made of, besides the built-in ones.
     """
 
     backend: Backend | None = None
@@ -38,6 +39,7 @@ class Place(NamedTuple):
     around: tuple[Gathering, ...] = ()
     conf: Mapping[str, Any] = MappingProxyType({})
     patience: Patience | None = None
+    types: Callable[[], codec.Allowlist] = codec.Allowlist
 
     @property
     def expires(self) -> float | None:
@@ -73,7 +75,8 @@ class Place(NamedTuple):
 
     def load(self, name: str, payload: bytes) -> Any:
         """The value stored under the key ``name``."""
-        return codec.decode(payload if self.seal is None else self.seal.opened(name, payload))
+        opened = payload if self.seal is None else self.seal.opened(name, payload)
+        return codec.decode(opened, self.types())
 
     def dump(self, name: str, value: Any) -> bytes:
         """What to store under the key ``name``."""

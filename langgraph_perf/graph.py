@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
@@ -195,15 +196,13 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
                 )
 
     def _wrap_nodes(self, graph: CompiledGraph[Any, Any, Any, Any]) -> None:
-        allowed: Allowlist | None = None
+        types = graph._perf.types = functools.cache(self._types)
         for name, node in graph.nodes.items():
             uses = self._uses.get(name, {})
             if node.cache_policy is None and not uses:
                 continue
             policy = None if node.cache_policy is None else CachePolicy.of(node.cache_policy)
-            if allowed is None:
-                allowed = self._types()
-            spec = NodeSpec(graph.name, name, policy, uses, allowed)
+            spec = NodeSpec(graph.name, name, policy, uses, types())
             spec.has_subgraph = bool(node.subgraphs)
             spec.remembers = _remembers(node.subgraphs)
             spec.native_async = _runnable_has_native_async(node.bound)
@@ -408,6 +407,7 @@ class CompiledGraph(
             overridden=overridden,
             saver=_hiding(self.checkpointer, lent),
             seen=perf.seen,
+            types=perf.types,
         )
         if parent is None and binding.control.nodes:
             perf.check_control(binding.control)

@@ -85,6 +85,7 @@ def get_cache(namespace: str, config: RunnableConfig | None = None) -> ItemCache
         part_of(conf),
         conf,
         binding.patience if binding.backend.cache.blocking else None,
+        binding.types,
     )
     narrowed(place.around, scope)
     return ItemCache(namespace, place, control, binding.items.of(namespace), config)

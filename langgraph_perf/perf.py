@@ -19,6 +19,7 @@ from langgraph_perf._lives import Lives
 from langgraph_perf._locks import new_lock
 from langgraph_perf._refresh import Refreshes
 from langgraph_perf.caches.base import Cache, namespace_tag
+from langgraph_perf.codec import Allowlist
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.policy import CacheControl, CachePolicy, Scope
 from langgraph_perf.stats import ItemCounters, NodeStats, Stats
@@ -44,6 +45,7 @@ class Perf:
         self._compiled_with = registry
         self._overrides: list[dict[str, Resource[Any]]] = []
         self.specs: dict[str, NodeSpec] = {}
+        self.types: Callable[[], Allowlist] = Allowlist
         self.items = ItemCounters()
         self.refreshes = Refreshes()
         self.seen: MutableSet[Backend] = weakref.WeakSet()

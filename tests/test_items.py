@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -350,3 +351,33 @@ async def test_plain_functions_for_async_twins_are_refused() -> None:
         await get_cache("x").aget_or_set("k", lambda: 7)  # type: ignore[arg-type, return-value]
     with pytest.raises(ConfigurationError, match="or get_or_set_many for a plain one"):
         await get_cache("x").aget_or_set_many([1], lambda keys: keys)  # type: ignore[arg-type]
+
+
+@dataclass
+class Vector:
+    values: list[int]
+
+
+class Typed(TypedDict, total=False):
+    docs: list[str]
+    vectors: Vector
+
+
+def test_items_may_be_of_the_types_that_the_schemas_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In strict mode others are not restored, and computed each time."""
+    monkeypatch.setenv("LANGGRAPH_STRICT_MSGPACK", "true")
+    for schema, runs in ((Typed, 1), (State, 2)):
+        computed: list[int] = []
+
+        def node(state: Any, computed: list[int] = computed) -> Any:
+            def compute() -> Vector:
+                computed.append(1)
+                return Vector([1])
+
+            return {"vectors": get_cache("x").get_or_set("k", compute)}
+
+        builder = StateGraph(schema).add_node("node", node).add_edge(START, "node")
+        graph: Any = builder.compile(cache=MemoryCache())
+        for _ in range(2):
+            assert graph.invoke({})["vectors"] == Vector([1])
+        assert len(computed) == runs
