@@ -220,7 +220,7 @@ def unusable(source: Source, exc: Exception) -> str:
         hint = "; it has no such database"
     elif tls:
         hint = "; rediss:// is for servers that speak TLS: redis:// if this one does not"
-    elif isinstance(exc, redis.ConnectionError) and "closed" in said:
+    elif isinstance(exc, redis.ConnectionError) and re.search("closed|reset by peer", said):
         hint = "; what listens there is no Redis server, or one that speaks TLS (rediss://)"
     return (
         f"url_or_client: the server at {place} cannot be used: {said}{hint}; accepted: a Redis "

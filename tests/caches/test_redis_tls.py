@@ -6,6 +6,7 @@ import asyncio
 import select
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -110,3 +111,30 @@ def test_ping_says_that_nobody_known_signed_the_certificate(port: int, mode: str
     assert f"127.0.0.1:{port}, database 0 cannot be used" in str(caught.value)
     assert "certificate verify failed" in str(caught.value)
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["closes", "resets"])
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_ping_says_that_the_server_may_speak_tls(mode: str, end: str) -> None:
+    """One that does not understand ends the connection, politely or not."""
+
+    def refuse() -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                with near:
+                    near.recv(100)
+                    if end == "resets":
+                        linger = struct.pack("ii", 1, 0)
+                        near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        refusing = threading.Thread(target=refuse)
+        refusing.start()
+        with (
+            RedisCache(f"redis://127.0.0.1:{listener.getsockname()[1]}") as cache,
+            pytest.raises(ConfigurationError, match="rediss://"),
+        ):
+            cache.ping() if mode == "sync" else asyncio.run(cache.aping())
+        listener.shutdown(socket.SHUT_RDWR)
+        refusing.join(20)
