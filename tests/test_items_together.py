@@ -17,10 +17,11 @@ from langgraph._internal._runnable import RunnableCallable
 from langgraph.graph import START
 from typing_extensions import TypedDict
 
-from langgraph_perf import DiskCache, MemoryCache, StateGraph, get_cache
+from langgraph_perf import DiskCache, MemoryCache, RedisCache, StateGraph, get_cache
 from langgraph_perf._backend import Backend
 from langgraph_perf._flight import FlightTable
 from langgraph_perf.caches.base import Cache
+from tests.redis_server import new_prefix
 from tests.resources.helpers import auntil, until
 
 
@@ -96,13 +97,16 @@ class Sharing:
                         assert con.execute("SELECT * FROM Leases").fetchall() == []
 
 
-@pytest.fixture(params=["one cache", "two processes"])
+@pytest.fixture(params=["one cache", "two processes", "two machines"])
 def sharing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sharing]:
-    """Two callers on one cache, and on one directory."""
+    """Two callers on one cache, on one directory, and on one server."""
     if request.param == "one cache":
         made: list[Cache] = [MemoryCache()] * 2
-    else:
+    elif request.param == "two processes":
         made = [DiskCache(tmp_path / "cache") for _ in range(2)]
+    else:
+        server, prefix = request.getfixturevalue("redis_server"), new_prefix()
+        made = [RedisCache(server.url, prefix=prefix, timeout=30.0) for _ in range(2)]
     shared = Sharing(made)
     try:
         yield shared
