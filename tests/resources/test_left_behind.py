@@ -156,19 +156,74 @@ def test_what_is_made_on_a_thread_for_a_closed_loop(watch: Watch, maker: Maker) 
 # -- leases that are used twice at the same time ---------------------------------------------------
 
 
-async def test_a_lease_that_is_entered_twice_at_once(watch: Watch, maker: Maker) -> None:
-    """The second time is an error, so nothing is lost."""
+every_kind = pytest.mark.parametrize(
+    ("kind", "key"), [(Pool, None), (Shared, None), (Keyed, "a")], ids=["Pool", "Shared", "Keyed"]
+)
+
+
+@every_kind
+def test_a_lease_is_entered_once(watch: Watch, maker: Maker, kind: Any, key: Any) -> None:
+    """Whenever the second time comes, it is an error, so nothing is lost."""
+    maker.hold = threading.Event()
+    resource = watch(kind(maker.create))
+    lease = resource.lease(key)
+    got: list[object] = []
+    first = threading.Thread(target=lambda: got.append(lease.__enter__()))
+    first.start()
+    until(maker.entered.is_set)
+    with pytest.raises(LeaseError, match="entered already"):  # while it is entered
+        lease.__enter__()
+    maker.hold.set()
+    first.join(PATIENCE)
+    assert got == maker.made
+    with pytest.raises(LeaseError, match="entered already"):  # while it is held
+        lease.__enter__()
+    lease.__exit__(None, None, None)
+    with pytest.raises(LeaseError, match="entered already"):  # after it was given back
+        lease.__enter__()
+    assert (resource.stats().leases, resource.stats().loads) == (1, 1)
+
+
+@every_kind
+async def test_an_async_lease_is_entered_once(
+    watch: Watch, maker: Maker, kind: Any, key: Any
+) -> None:
+    """Like a plain one, also by two tasks at once."""
     maker.ahold = asyncio.Event()
-    pool = watch(Pool(maker.acreate, max_size=2))
-    lease = pool.alease()
+    resource = watch(kind(maker.acreate))
+    lease = resource.alease(key)
     first = asyncio.create_task(lease.__aenter__())
     await auntil(maker.entered.is_set)
-    with pytest.raises(LeaseError, match="entered already"):
+    with pytest.raises(LeaseError, match="entered already"):  # while it is entered
         await asyncio.wait_for(lease.__aenter__(), PATIENCE)
     maker.ahold.set()
-    assert await first is maker.made[0]
+    assert [await first] == maker.made
+    with pytest.raises(LeaseError, match="entered already"):  # while it is held
+        await lease.__aenter__()
     await lease.__aexit__(None, None, None)
-    assert len(maker.made) == 1
+    with pytest.raises(LeaseError, match="entered already"):  # after it was given back
+        await lease.__aenter__()
+    assert (resource.stats().leases, resource.stats().loads) == (1, 1)
+
+
+@every_kind
+async def test_a_lease_of_what_is_idle_is_entered_once(
+    watch: Watch, maker: Maker, kind: Any, key: Any
+) -> None:
+    """Nor does the fast path take a lease that was used for a new one."""
+    resource = watch(kind(maker.create))
+    for _ in range(2):
+        plain, awaited = resource.lease(key), resource.alease(key)
+        with plain, pytest.raises(LeaseError, match="entered already"):
+            plain.__enter__()
+        with pytest.raises(LeaseError, match="entered already"):
+            plain.__enter__()
+        async with awaited:
+            with pytest.raises(LeaseError, match="entered already"):
+                await awaited.__aenter__()
+        with pytest.raises(LeaseError, match="entered already"):
+            await awaited.__aenter__()
+    assert (resource.stats().leases, resource.stats().loads) == (4, 1)
 
 
 async def test_a_lease_that_is_left_twice_at_once(watch: Watch, maker: Maker) -> None:
