@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from langgraph_perf.errors import LeaseError, PoolTimeout
-from langgraph_perf.resources import MAX_OVERTAKE_SECONDS, Keyed, Pool, Shared
+from langgraph_perf.resources import MAX_OVERTAKE_SECONDS, Keyed, Pool, Shared, _work
 from langgraph_perf.resources import _core as core_module
 from langgraph_perf.resources._waiters import ThreadWaiter
 
@@ -88,6 +88,81 @@ async def test_a_close_that_never_begins(watch: Watch, maker: Maker, clock: Fake
     await cancel_others()
     await auntil(lambda: pool.stats().size == 0)
     assert maker.alive == 0
+
+
+def pool_of_idle(kind: str, maker: Maker, **options: Any) -> Pool[Any]:
+    """A pool whose functions are all sync or all async."""
+    if kind == "sync":
+        return Pool(maker.create, close=maker.close, **options)
+    return Pool(maker.acreate, close=maker.aclose, **options)
+
+
+@pytest.mark.parametrize("end", ["the caller", "everybody"])
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_an_aclose_that_is_cancelled(watch: Watch, maker: Maker, kind: str, end: str) -> None:
+    """The objects were taken out of the pool, so nobody else would ever close them."""
+    pool = watch(pool_of_idle(kind, maker, max_size=2))
+    async with pool.alease(), pool.alease():
+        pass
+    closing = asyncio.create_task(pool.aclose())
+    await asyncio.sleep(0)
+    if end == "the caller":
+        closing.cancel()
+    else:
+        await cancel_others()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    await auntil(lambda: pool.stats().closing == 0)
+    await auntil(lambda: maker.alive == 0)
+    assert (pool.stats().closed, pool.stats().size) == (2, 0)
+    assert not _work._tasks.get(asyncio.get_running_loop())
+
+
+async def test_an_aclose_that_is_cancelled_while_it_closes(watch: Watch, maker: Maker) -> None:
+    """Its caller leaves, and the closes go on to their ends."""
+    go_on = asyncio.Event()
+    begun: list[Thing] = []
+
+    async def close(thing: Thing) -> None:
+        begun.append(thing)
+        await go_on.wait()
+        maker.close(thing)
+
+    pool = watch(Pool(maker.acreate, max_size=2, close=close))
+    async with pool.alease(), pool.alease():
+        pass
+    closing = asyncio.create_task(pool.aclose())
+    await auntil(lambda: len(begun) == 2)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert (pool.stats().closing, pool.stats().closed) == (2, 0)
+    go_on.set()
+    await auntil(lambda: pool.stats().closed == 2)
+    assert maker.alive == 0
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_failing_close_is_logged_and_stops_no_other(
+    watch: Watch, maker: Maker, caplog: pytest.LogCaptureFixture, cancelled: bool
+) -> None:
+    """Whether or not the caller of ``aclose`` is still there."""
+
+    async def close(thing: Thing) -> None:
+        maker.close(thing)
+        raise ValueError(thing.number)
+
+    pool = watch(Pool(maker.acreate, max_size=2, close=close))
+    async with pool.alease(), pool.alease():
+        pass
+    closing = asyncio.create_task(pool.aclose())
+    if cancelled:
+        await asyncio.sleep(0)
+        closing.cancel()
+    await asyncio.wait([closing])
+    assert closing.cancelled() is cancelled
+    await auntil(lambda: pool.stats().closed == 2)
+    assert caplog.text.count("close failed") == 2
 
 
 # -- event loops that are closed by hand -----------------------------------------------------------
