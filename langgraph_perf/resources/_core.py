@@ -300,6 +300,7 @@ class Core(Ledger):
 
     def close(self) -> None:
         """Close what is idle now, what is leased when it comes back; waiters get ``PoolClosed``."""
+        self._bury()
         deadline = time.monotonic() + CLOSE_GRACE
 
         def finish(entry: Entry) -> None:
@@ -318,6 +319,7 @@ class Core(Ledger):
 
     async def aclose(self) -> None:
         """Like ``close``, without blocking the event loop. When cancelled, the closes go on."""
+        self._bury()
         closes: list[asyncio.Task[None]] = []
 
         def start(entry: Entry) -> None:
@@ -331,6 +333,10 @@ class Core(Ledger):
         for close in closes:
             if not close.cancelled():
                 close.result()
+
+    def _bury(self) -> None:
+        if self.needs_loop:
+            bury()
 
     def _shut_down(self, tell: bool = True) -> list[Entry]:
         idle: list[Entry] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
@@ -226,6 +227,139 @@ def test_what_is_made_on_a_thread_for_a_closed_loop(watch: Watch, maker: Maker) 
     maker.hold.set()
     until(lambda: len(maker.closed) == 1)
     assert pool.stats().loading == 0
+
+
+# -- event loops that are just ending --------------------------------------------------------------
+
+
+class EndingLoop:
+    """A thread whose event loop has come to the last line of its program when it is told to close
+    something, and ends before it comes to that."""
+
+    def __init__(self, resource: Any) -> None:
+        self._resource = resource
+        self._at_its_end = threading.Event()
+        self._told = threading.Event()
+        self._thread = threading.Thread(target=asyncio.run, args=(self._main(),), daemon=True)
+        self._thread.start()
+        assert self._at_its_end.wait(PATIENCE)
+
+    async def _main(self) -> None:
+        await use(self._resource)
+        loop: Any = asyncio.get_running_loop()
+        tell = loop.call_soon_threadsafe
+
+        def told(*args: Any, **options: Any) -> Any:
+            handle = tell(*args, **options)
+            self._told.set()
+            return handle
+
+        loop.call_soon_threadsafe = told
+        self._at_its_end.set()
+        assert self._told.wait(PATIENCE)
+
+    def join(self) -> None:
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+
+
+async def close_slowly(maker: Maker, thing: Thing) -> None:
+    """Close an object in more than one step."""
+    await asyncio.sleep(0)
+    maker.close(thing)
+
+
+@pytest.mark.parametrize("how", ["close", "aclose", "make room"])
+def test_objects_of_a_loop_that_is_ending(watch: Watch, maker: Maker, how: str) -> None:
+    """Its last act is to cancel the task that was to close them before it begins."""
+    pool = watch(Pool(maker.acreate, max_size=1, close=functools.partial(close_slowly, maker)))
+    ending = EndingLoop(pool)
+    if how == "close":
+        pool.close()
+    elif how == "aclose":
+        asyncio.run(pool.aclose())
+    else:
+        asyncio.run(use(pool))
+    ending.join()
+    until(lambda: maker.made[0].closed)
+    assert pool.stats().closed == 1
+    until(lambda: pool.stats().closing == 0)
+
+
+@pytest.mark.parametrize("how", ["close", "aclose", "make room"])
+def test_objects_of_a_loop_that_never_goes_on(watch: Watch, maker: Maker, how: str) -> None:
+    """A loop that is closed forgets what it was told to do; others who look find it."""
+    pool = watch(Pool(maker.acreate, max_size=1, close=maker.aclose))
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(use(pool))
+
+    async def close_from_elsewhere() -> None:
+        if how == "close":
+            pool.close()
+        elif how == "aclose":
+            await pool.aclose()
+        else:
+            await use(pool)
+
+    asyncio.run(close_from_elsewhere())
+    assert not maker.made[0].closed
+    loop.close()
+    pool.close()
+    until(lambda: maker.made[0].closed)
+
+
+@pytest.mark.parametrize("how", ["close", "aclose"])
+def test_who_waits_for_a_close_sees_that_its_loop_was_closed(
+    watch: Watch, maker: Maker, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop that is stopped and closed by hand does not cancel anything: it just does nothing."""
+    pool = watch(Pool(maker.acreate, max_size=1, close=maker.aclose))
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(use(pool))
+    monkeypatch.setattr(loop, "is_running", lambda: not loop.is_closed())
+    told = threading.Event()
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda work: told.set())
+
+    def close_loop() -> None:
+        assert told.wait(PATIENCE)
+        monkeypatch.undo()
+        loop.close()
+
+    other = threading.Thread(target=close_loop)
+    other.start()
+    if how == "close":
+        pool.close()
+    else:
+        asyncio.run(pool.aclose())
+    other.join(PATIENCE)
+    assert maker.made[0].closed
+    assert pool.stats().closed == 1
+
+
+def test_a_loop_that_goes_on_in_the_moment_it_is_to_be_run(
+    watch: Watch, maker: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can know whether another thread is about to run it; it closes its object then."""
+    pool = watch(Pool(maker.acreate, max_size=1, close=maker.aclose))
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(use(pool))
+    run = loop.run_until_complete
+    refused = threading.Event()
+    other = threading.Thread(target=run, args=(auntil(refused.is_set),))
+
+    def run_too_late(work: Any) -> None:
+        other.start()
+        until(loop.is_running)
+        try:
+            run(work)
+        finally:
+            refused.set()
+
+    monkeypatch.setattr(loop, "run_until_complete", run_too_late)
+    pool.close()
+    other.join(PATIENCE)
+    assert maker.close_loops == [loop]
+    loop.close()
 
 
 # -- leases that are used twice at the same time ---------------------------------------------------
