@@ -14,6 +14,7 @@ import pytest
 from langgraph_perf.errors import LeaseError, PoolTimeout
 from langgraph_perf.resources import MAX_OVERTAKE_SECONDS, Keyed, Pool, Shared, _work
 from langgraph_perf.resources import _core as core_module
+from langgraph_perf.resources._lease import BaseLease
 from langgraph_perf.resources._waiters import ThreadWaiter
 
 from .helpers import PATIENCE, FakeTime, Holder, Maker, Thing, auntil, passes, until
@@ -454,6 +455,111 @@ async def test_a_lease_that_is_left_twice_at_once(watch: Watch, maker: Maker) ->
     go_on.set()
     await first
     assert len(maker.was_reset) == 1
+
+
+class Announced:
+    """A core's lock that says when ``thread`` asks for it."""
+
+    def __init__(self, lock: Any, thread: threading.Thread, asked: threading.Event) -> None:
+        self._lock, self._thread, self._asked = lock, thread, asked
+        self.release, self._is_owned = lock.release, lock._is_owned
+
+    def acquire(self, blocking: bool = True) -> bool:
+        if threading.current_thread() is self._thread:
+            self._asked.set()
+        return bool(self._lock.acquire(blocking))
+
+    __enter__ = acquire
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+def outcome(results: list[object], call: Callable[[], object]) -> threading.Thread:
+    """A thread that appends what ``call`` gives or raises."""
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except Exception as exc:
+            results.append(exc)
+
+    return threading.Thread(target=run, daemon=True)
+
+
+def test_two_threads_enter_a_lease_in_the_same_moment(watch: Watch, maker: Maker) -> None:
+    """One in the middle of the fast path, the other beyond it: only one of them is granted."""
+    looking, go_on = threading.Event(), threading.Event()
+
+    class Key:
+        def __hash__(self) -> int:
+            if threading.current_thread() in slow:
+                looking.set()
+                assert go_on.wait(PATIENCE)
+            return 1
+
+    slow: list[threading.Thread] = []
+    models, key = watch(Keyed(maker.create)), Key()
+    with models.lease(key):
+        pass
+    lease = models.lease(key)
+    results: list[object] = []
+    first, second = outcome(results, lease.__enter__), outcome(results, lease.enter_slowly)
+    slow.append(first)
+    core = models._core
+    core.lock = Announced(core.lock, second, go_on)
+    first.start()
+    assert looking.wait(PATIENCE)
+    second.start()
+    first.join(PATIENCE)
+    second.join(PATIENCE)
+    assert models.stats().holders == 1
+    assert sorted(map(str, results)) == sorted(
+        [str(maker.made[0]), f"{models.owner}: this lease was entered already; a lease is one-shot"]
+    )
+    lease.__exit__(None, None, None)
+
+
+def test_two_threads_leave_a_lease_in_the_same_moment(
+    watch: Watch, maker: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only one of them resets the object: when that is over, it may be somebody else's."""
+    looking, go_on = threading.Event(), threading.Event()
+
+    class Leaving:
+        """The attribute, which the first thread is slow to read."""
+
+        value = False
+
+        def __get__(self, lease: object, kind: object) -> bool:
+            value = self.value
+            if threading.current_thread() is first:
+                looking.set()
+                assert go_on.wait(PATIENCE)
+            return value
+
+        def __set__(self, lease: object, value: bool) -> None:
+            self.value = value
+
+    def reset(thing: Thing) -> None:
+        maker.reset(thing)
+        go_on.set()
+
+    pool = watch(Pool(maker.create, reset=reset))
+    lease = pool.lease()
+    lease.__enter__()
+    results: list[object] = []
+    first, second = outcome(results, lease.__exit__), outcome(results, lease.leave_slowly)
+    monkeypatch.setattr(BaseLease, "leaving", Leaving())
+    core = pool._core
+    core.lock = Announced(core.lock, second, go_on)
+    first.start()
+    assert looking.wait(PATIENCE)
+    second.start()
+    first.join(PATIENCE)
+    second.join(PATIENCE)
+    assert len(maker.was_reset) == 1
+    assert sorted(isinstance(result, LeaseError) for result in results) == [False, True]
 
 
 # -- the rest --------------------------------------------------------------------------------------
