@@ -11,6 +11,7 @@ import concurrent.futures
 import contextvars
 import functools
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Coroutine
@@ -38,6 +39,20 @@ _tasks: dict[asyncio.AbstractEventLoop, dict[asyncio.Task[Any], Callable[[], Non
 _promised: dict[object, tuple[asyncio.AbstractEventLoop, Callable[[], None]]] = {}
 """What was handed to a loop from outside and has not become a task yet. A loop that is closed
 forgets it without a word."""
+
+_inherited: list[Any] = []
+"""In a forked child: what of this was under way. It is the parent's, and dropping it could run
+``finally`` clauses."""
+
+
+def _after_fork() -> None:
+    _inherited.append((dict(_tasks), dict(_promised)))
+    _tasks.clear()
+    _promised.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Owner(Protocol):
