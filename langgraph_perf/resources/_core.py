@@ -34,6 +34,7 @@ from langgraph_perf.resources._work import (
     close_now,
     close_soon,
     load_soon,
+    spawn,
 )
 
 logger = logging.getLogger("langgraph_perf")
@@ -299,6 +300,7 @@ class Core(Ledger):
 
     def close(self) -> None:
         """Close what is idle now, what is leased when it comes back; waiters get ``PoolClosed``."""
+        self._bury()
         deadline = time.monotonic() + CLOSE_GRACE
 
         def finish(entry: Entry) -> None:
@@ -316,8 +318,25 @@ class Core(Ledger):
         _each(self._shut_down(tell=False), finish)
 
     async def aclose(self) -> None:
-        """Like ``close``, without blocking the event loop."""
-        await asyncio.gather(*(self._afinish(entry) for entry in self._shut_down()))
+        """Like ``close``, without blocking the event loop. When cancelled, the closes go on."""
+        self._bury()
+        closes: list[asyncio.Task[None]] = []
+
+        def start(entry: Entry) -> None:
+            # no longer in the pool, so it is now or never
+            settle = functools.partial(self._close_if_unbegun, entry)
+            closes.append(spawn(self._afinish(entry), settle))
+
+        _each(self._shut_down(), start)
+        if closes:
+            await asyncio.wait(closes)  # which are not cancelled with this one
+        for close in closes:
+            if not close.cancelled():
+                close.result()
+
+    def _bury(self) -> None:
+        if self.needs_loop:
+            bury()
 
     def _shut_down(self, tell: bool = True) -> list[Entry]:
         idle: list[Entry] = []
@@ -341,6 +360,11 @@ class Core(Ledger):
                 await aclose(self.hooks, entry)
             finally:
                 self.emptied(entry)
+
+    def _close_if_unbegun(self, entry: Entry) -> None:
+        """Close an object all the same whose task was cancelled before its first step."""
+        if not entry.begun:
+            close_soon(self.hooks, entry, functools.partial(self.emptied, entry))
 
     def after_fork(self) -> list[Any]:
         """Begin empty in a forked child; gives what belongs to the parent."""

@@ -104,21 +104,23 @@ class BaseLease(Generic[T]):
         """What ``leave`` gives when it takes more than the fast path."""
 
     def _begin_entering(self) -> None:
-        if self.entry is not UNUSED:
-            raise LeaseError(
-                f"{self.core.hooks.owner}: this lease was entered already; a lease is one-shot"
-            )
-        self.entry = ENTERING
+        with self.core.lock:  # another thread may be in the middle of a fast path
+            if self.entry is not UNUSED:
+                raise LeaseError(
+                    f"{self.core.hooks.owner}: this lease was entered already; a lease is one-shot"
+                )
+            self.entry = ENTERING
 
     def _begin_leaving(self) -> Any:
         """The object, which is about to be reset; whoever calls this gives it back afterwards."""
-        entry = self.core.held(self)
-        if getattr(self, "leaving", False):
-            raise LeaseError(
-                f"{self.core.hooks.owner}: this lease is being given back; a lease is one-shot"
-            )
-        self.leaving = True
-        return entry.obj
+        with self.core.lock:
+            entry = self.core.held(self)
+            if getattr(self, "leaving", False):
+                raise LeaseError(
+                    f"{self.core.hooks.owner}: this lease is being given back; a lease is one-shot"
+                )
+            self.leaving = True
+            return entry.obj
 
 
 class Lease(BaseLease[T]):

@@ -185,17 +185,18 @@ class _Sharing(BaseLease[T]):
 
     def enter(self) -> Any:
         core = self.core
+        granted = None  # what the lease holds does not tell: it may have been entered before
         with core.lock:
             if core.quick_in and self.entry is UNUSED:
                 entry = core.slots.get((self.key, type(self.key), self.loop))
                 if entry is not None and entry.state is State.READY:
                     entry.leases += 1
-                    self.entry = entry
+                    self.entry = granted = entry
                     core.granted += 1
-        if self.entry is UNUSED:
+        if granted is None:
             return self.enter_slowly()
         core.entered(self)
-        return self.entry.obj
+        return granted.obj
 
     def leave(self, exc_type: Any = None, exc: Any = None, tb: Any = None) -> Any:
         core = self.core

@@ -11,7 +11,9 @@ import concurrent.futures
 import contextvars
 import functools
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
@@ -28,8 +30,29 @@ CLOSE_GRACE = 5.0
 never end: on another thread's event loop, or, for objects whose own loop is closed, on a
 makeshift one."""
 
+LOOK_SECONDS = 0.1
+"""How often who waits for such a close looks whether its loop has been closed in the meantime."""
+
 _tasks: dict[asyncio.AbstractEventLoop, dict[asyncio.Task[Any], Callable[[], None] | None]] = {}
 """What has not ended yet. Event loops hold their tasks weakly."""
+
+_promised: dict[object, tuple[asyncio.AbstractEventLoop, Callable[[], None]]] = {}
+"""What was handed to a loop from outside and has not become a task yet. A loop that is closed
+forgets it without a word."""
+
+_inherited: list[Any] = []
+"""In a forked child: what of this was under way. It is the parent's, and dropping it could run
+``finally`` clauses."""
+
+
+def _after_fork() -> None:
+    _inherited.append((dict(_tasks), dict(_promised)))
+    _tasks.clear()
+    _promised.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Owner(Protocol):
@@ -104,15 +127,27 @@ def start_on(
     work: Callable[[], Coroutine[Any, Any, None]],
     settle: Callable[[], None] | None = None,
 ) -> bool:
-    """Start ``work`` on ``loop`` from any thread; ``False`` when the loop is closed."""
+    """Start ``work`` on ``loop`` from any thread; ``False`` when the loop is closed.
+
+    ``settle`` is called as by ``spawn``, also when the loop is closed before it comes to the work.
+    """
     if running_loop() is loop:
         spawn(work(), settle)
         return True
-    try:
+    promise = object()
+
+    def begin() -> None:
         # the coroutine is made on the loop: one that is never started would warn
-        loop.call_soon_threadsafe(lambda: spawn(work(), settle))
+        if settle is None or _promised.pop(promise, None) is not None:
+            spawn(work(), settle)
+
+    if settle is not None:
+        _promised[promise] = loop, settle
+    try:
+        loop.call_soon_threadsafe(begin)
     except RuntimeError:
-        return False
+        # unless somebody has buried it already, and called settle()
+        return settle is not None and _promised.pop(promise, None) is None
     return True
 
 
@@ -128,6 +163,9 @@ def bury() -> None:
                 logger.debug("a task of a closed event loop did not end: %r", exc)
             if settle is not None:
                 settle()
+    for promise, (loop, settle) in list(_promised.items()):
+        if loop.is_closed() and _promised.pop(promise, None) is not None:
+            settle()
 
 
 # -- loading -------------------------------------------------------------------------------------
@@ -277,11 +315,13 @@ async def aclose(hooks: Hooks, entry: Entry) -> None:
         await off_loop(functools.partial(_close, hooks, entry))
     elif home is None or home is running_loop():
         await _aclose_here(hooks, entry.obj)
-    elif home.is_running():
-        elsewhere = asyncio.run_coroutine_threadsafe(_aclose_here(hooks, entry.obj), home)
-        await asyncio.wait([asyncio.wrap_future(elsewhere)], timeout=CLOSE_GRACE)
-    elif home.is_closed() or not start_on(home, functools.partial(_aclose_here, hooks, entry.obj)):
+    elif home.is_closed():
         await off_loop(functools.partial(_close_without_its_loop, hooks, entry.obj, CLOSE_GRACE))
+    else:
+        runs = home.is_running()
+        ended = _close_at_home(hooks, entry)
+        if runs:
+            await _await_for(ended, CLOSE_GRACE)
 
 
 def close_now(hooks: Hooks, entry: Entry, grace: float) -> None:
@@ -300,20 +340,37 @@ def close_now(hooks: Hooks, entry: Entry, grace: float) -> None:
         else:
             in_background(job)
     elif here is not None:
-        start_on(home, functools.partial(_aclose_here, hooks, entry.obj))
+        _close_at_home(hooks, entry)
     elif home.is_running():
-        close = _aclose_here(hooks, entry.obj)
-        _wait_for(hooks, asyncio.run_coroutine_threadsafe(close, home), grace)
+        _wait_for(hooks, _close_at_home(hooks, entry), grace)
     else:
-        task = home.create_task(_aclose_here(hooks, entry.obj))
-        home.run_until_complete(asyncio.wait([task], timeout=grace))
+        ended = _close_at_home(hooks, entry)
+        wait = _await_for(ended, grace)
+        try:
+            home.run_until_complete(wait)
+        except RuntimeError:  # in this moment its own thread has gone on with it, or closed it
+            wait.close()
+            _wait_for(hooks, ended, grace)
+
+
+async def _await_for(close: concurrent.futures.Future[None], grace: float) -> None:
+    ended = asyncio.wrap_future(close)
+    deadline = time.monotonic() + grace
+    while not ended.done() and (left := deadline - time.monotonic()) > 0:
+        await asyncio.wait([ended], timeout=min(left, LOOK_SECONDS))
+        bury()
 
 
 def _wait_for(hooks: Hooks, close: concurrent.futures.Future[None], grace: float) -> None:
-    try:
-        close.result(grace)
-    except concurrent.futures.TimeoutError:  # not the builtin one before Python 3.11
-        logger.warning("%s: a close takes long; it is not waited for any more", hooks.owner)
+    deadline = time.monotonic() + grace
+    while not close.done():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            logger.warning("%s: a close takes long; it is not waited for any more", hooks.owner)
+            return
+        concurrent.futures.wait([close], min(left, LOOK_SECONDS))
+        bury()
+    close.result()
 
 
 def close_soon(
@@ -342,9 +399,21 @@ def close_soon(
         _close_on(home, hooks, entry, done)
     elif entry.claim():
         # the loop may never run again, so nobody waits for it
-        if home is None or not start_on(home, functools.partial(_aclose_here, hooks, entry.obj)):
+        if home is None or home.is_closed():
             in_background(functools.partial(_close_without_its_loop, hooks, entry.obj, CLOSE_GRACE))
+        else:
+            _close_at_home(hooks, entry)
         done()
+
+
+def _close_at_home(hooks: Hooks, entry: Entry) -> concurrent.futures.Future[None]:
+    """Close an object that the caller has claimed on its loop; says when that is over."""
+    assert entry.loop is not None
+    ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+    unbegun = Entry(entry.key, entry.loop)  # that somebody sees to it does not say it has begun
+    unbegun.obj = entry.obj
+    _close_on(entry.loop, hooks, unbegun, functools.partial(ended.set_result, None))
+    return ended
 
 
 def _close_on(
@@ -354,7 +423,8 @@ def _close_on(
     done: Callable[[], None],
     tries: int = 2,
 ) -> None:
-    """Close an object on its loop, also when the task for it is cancelled before it begins."""
+    """Close an object on its loop, also when the task for it is cancelled before it begins, or the
+    loop is closed before: then without it."""
 
     def settle() -> None:
         if not entry.begun:
@@ -362,8 +432,7 @@ def _close_on(
 
     work = functools.partial(_aclose_then, hooks, entry, done)
     if not (tries and start_on(home, work, settle)) and entry.claim():
-        in_background(functools.partial(_close_without_its_loop, hooks, entry.obj, CLOSE_GRACE))
-        done()
+        in_background(functools.partial(_close_lost, hooks, entry, done))
 
 
 def _close_then(hooks: Hooks, entry: Entry, done: Callable[[], None]) -> None:
@@ -384,6 +453,13 @@ async def _aclose_then(hooks: Hooks, entry: Entry, done: Callable[[], None]) -> 
             await _aclose_here(hooks, entry.obj)
         finally:
             done()
+
+
+def _close_lost(hooks: Hooks, entry: Entry, done: Callable[[], None]) -> None:
+    try:
+        _close_without_its_loop(hooks, entry.obj, CLOSE_GRACE)
+    finally:
+        done()
 
 
 def _close_without_its_loop(hooks: Hooks, obj: Any, grace: float) -> None:

@@ -147,6 +147,47 @@ def test_a_context_manager_entered_before_a_fork_stays_the_parents() -> None:
 
 
 @needs_fork
+def test_a_close_that_is_under_way_at_a_fork_stays_the_parents() -> None:
+    """The child neither goes on with it nor begins it once more, though its loop was closed."""
+    out = run(
+        """
+        import time
+        from langgraph_perf.resources import _work
+
+        closed = []
+
+        async def create():
+            return Thing()
+
+        async def close(thing):
+            thing.close()
+            closed.append(thing)
+
+        pool = Pool(create, max_size=1, close=close)
+
+        async def use():
+            async with pool.alease():
+                pass
+
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(use())
+        asyncio.run(pool.aclose())  # for when the loop goes on, which it does not
+        loop.close()
+        if (child := os.fork()) == 0:
+            _work.in_background = lambda job: job()
+            pool.close()
+            sys.stdout.flush()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        pool.close()
+        while not closed:
+            time.sleep(0.001)
+        """
+    )
+    assert out.splitlines() == ["closed True"]
+
+
+@needs_fork
 def test_a_child_takes_several_objects_whoever_held_the_lock() -> None:
     """The lock of the gates is renewed: another thread may have held it."""
     run(
