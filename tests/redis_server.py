@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -34,10 +35,17 @@ def _binary() -> str:
     return str(found)
 
 
+_random = random.SystemRandom()  # Hypothesis seeds the other one, in each worker the same
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port that nobody has, and that no connection is given before a server takes it, or while it
+    is away: those from 32768 on the system hands out."""
+    while True:
+        port = _random.randrange(10_000, 22_000)
+        with suppress(OSError), socket.socket() as sock:
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:

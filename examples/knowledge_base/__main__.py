@@ -57,6 +57,8 @@ USERS = ["alice", "bob"]
 CHECKOUT = Path(__file__).resolve().parents[2]
 DSN_VARIABLE = "KNOWLEDGE_BASE_POSTGRES"
 REDIS_VARIABLE = "KNOWLEDGE_BASE_REDIS"
+PATIENCE = 10.0
+"""Seconds to wait for a stored answer: a model takes longer on a machine that is that busy."""
 
 
 class Asker:
@@ -235,7 +237,7 @@ def opened_cache(args: argparse.Namespace) -> Iterator[Cache]:
     """Where results are kept: in a directory, or with ``--redis`` in Redis behind memory."""
     with ExitStack() as stack:
         if args.redis is None:
-            yield stack.enter_context(DiskCache(args.cache_dir))
+            yield stack.enter_context(DiskCache(args.cache_dir, timeout=PATIENCE))
             return
         try:
             from langgraph_perf import RedisCache
@@ -243,7 +245,9 @@ def opened_cache(args: argparse.Namespace) -> Iterator[Cache]:
             raise DatabaseError(str(exc)) from exc
         if not args.redis:
             args.redis = stack.enter_context(redis_server.private_redis())
-        redis = RedisCache(args.redis, prefix="knowledge_base")
+        redis = RedisCache(
+            args.redis, prefix="knowledge_base", timeout=PATIENCE, connect_timeout=PATIENCE
+        )
         redis.ping()
         yield stack.enter_context(TieredCache(MemoryCache(), redis))
 
