@@ -41,6 +41,7 @@ from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
 from langgraph_perf import CachePolicy, MemoryCache
 from langgraph_perf import StateGraph as CachingStateGraph
+from langgraph_perf._code_identity import code_of
 from langgraph_perf.fingerprint import Classes, Unkeyable, fingerprint
 from tests._fingerprint_cases.packages import Packages
 
@@ -88,6 +89,7 @@ def test_known_fingerprints() -> None:
 NODES = (
     "nodes.node",
     "nodes.by_module",
+    "nodes.by_call",
     "nodes.abroad",
     "nodes.lazily",
     "nodes.lazily_relative",
@@ -126,7 +128,7 @@ def test_layout_comments_and_docstrings_do_not_count(packages):
     packages.edit("app/lazy.py", "def heavy", '"""A module."""\n\ndef heavy')
     assert packages.fingerprints(*NODES) == want
     packages.edit("app/helpers.py", "return 0", "return 1")  # nobody calls it
-    assert packages.fingerprints(*NODES[:3]) == want[:3]
+    assert packages.fingerprints(*NODES[:4]) == want[:4]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +158,8 @@ def test_layout_comments_and_docstrings_do_not_count(packages):
             "return [clean(text)]",
             {"nodes.lazily", "nodes.lazily_relative"},
         ),
+        ("app/helpers.py", "start = 7", "start = 8", {"nodes.by_call"}),
+        ("app/helpers.py", "yield [size]", "yield size", {"nodes.by_call"}),
         ("app/nodes.py", "n != 0 and", "n > 0 and", {"nodes.even"}),
         ("app/nodes.py", "limit = 5", "limit = 6", {"nodes.Agent(1)", "nodes.Agent(1).run"}),
         (
@@ -186,6 +190,28 @@ def test_an_edited_node_of_a_script_changes(tmp_path):
     program = "def node(s):\n    return help_(s)\ndef help_(s):\n    return {}\nnodes = None"
     prints = [packages.fingerprints("node", before=program.format(value))[0] for value in (1, 1, 2)]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_what_is_read_off_a_module_and_passed_is_seen() -> None:
+    """Where the compiler knows that a name is an import, it lays out calls in another way."""
+    source = """
+        from . import h
+        def node(s):
+            with h.ctx(h.tool, h.sub.g(1)(s), key=h.other) as x:
+                return {"a": h.f(), "b": x.y(h.last), "c": [h.Class(h.first).go(h.more)]}
+    """
+    module = compile(textwrap.dedent(source), "m.py", "exec")
+    (code,) = (const for const in module.co_consts if isinstance(const, types.CodeType))
+    known = code_of(code)
+    read = "ctx tool sub other f last Class first more".split()  # noqa: SIM905
+    assert {o for o in known.loads if o[0] == "global"} == {
+        ("global", "h"),
+        ("global", "h", "sub", "g"),
+        *(("global", "h", name) for name in read),
+    }
+    assert {o for o in known.passed if o[0] == "global"} == {
+        ("global", "h", name) for name in ("tool", "other", "last", "first", "more")
+    }
 
 
 # -- functions ------------------------------------------------------------------------------------
