@@ -8,8 +8,9 @@ counter or a list of calls, is no part of it, and neither is what carries no con
 queues, loggers.
 
 A value that is built in (closure, default, bound argument, ``self``) and that cannot be keyed
-raises. A module-level object that cannot counts by its name and type, and by those of its
-attributes in use that can, since the code names it.
+raises. Of a module-level object, and of a class's attribute, that cannot, those parts count by type
+that have no key, and the others as ever: the code names the object, and the edit of a prompt must
+not go unnoticed because there is a client in the chain.
 """
 
 from __future__ import annotations

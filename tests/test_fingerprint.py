@@ -644,6 +644,20 @@ def test_an_object_refused_once_is_refused_again(client):
     )
     assert fingerprint(namespace["outer"](1))
     assert path_of(namespace["outer"](client)) == 'node: closure["k"].socket'
+    namespace["clients"] = {1: client}
+    exec("def other():\n    return clients[1], clients\n", namespace)
+    exec("def first(k):\n    return lambda state: (clients, later(k))\n", namespace)
+    exec("def later(k):\n    return other, k\n", namespace)
+    assert path_of(namespace["first"](client)) == '<lambda>: closure["k"].socket'
+    assert path_of([namespace["other"], namespace["outer"](client)]) == (
+        'node: closure["k"].socket'
+    )
+
+
+def test_a_chain_with_a_client_is_refused_where_it_is_built_in(client):
+    """Among the globals only the client counts by type, in a closure it is named."""
+    assert path_of(make(RunnableLambda(client.get) | double)) == "Client.get: self.socket"
+    assert path_of(functools.partial(double, y=graph(client.get))) == "Client.get: self.socket"
 
 
 # -- classes --------------------------------------------------------------------------------------
@@ -1197,6 +1211,100 @@ EDITED = {
         node = make(search)
     """,
 }
+
+
+CLIENT = """
+        class Client:
+            def __init__(self):
+                self.socket = iter(())
+            def fetch(self, state):
+                return state
+"""
+AROUND_A_CLIENT = {
+    "a chain": """
+        from langchain_core.prompts import ChatPromptTemplate
+        from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+        prompt = ChatPromptTemplate.from_messages([("system", "old"), ("human", "{q} {docs}")])
+        found = RunnableLambda(Client().fetch)
+        chain = {"docs": found | str, "q": RunnablePassthrough()} | prompt
+        def node(state):
+            return chain.invoke(state)
+    """,
+    "a retriever": """
+        from langchain_core.embeddings import DeterministicFakeEmbedding
+        from langchain_core.vectorstores import InMemoryVectorStore
+        found = InMemoryVectorStore(DeterministicFakeEmbedding(size=3))
+        retriever = found.as_retriever(search_kwargs={"k": "old"})
+        def node(state):
+            return retriever.invoke(state)
+    """,
+    "a graph": """
+        from langgraph.graph import START, StateGraph
+        def answer(state):
+            return {"a": "old"}
+        builder = StateGraph(dict).add_node("fetch", Client().fetch).add_node("answer", answer)
+        graph = builder.add_edge(START, "fetch").add_edge("fetch", "answer").compile()
+        def node(state):
+            return graph.invoke(state)
+    """,
+    "tools": """
+        from langchain_core.tools import StructuredTool
+        def more(x: str):
+            return "old"
+        made = StructuredTool.from_function
+        TOOLS = {1: [made(Client().fetch, description="d"), made(more, description="d")]}
+        def node(state):
+            return TOOLS[1][1].invoke(state)
+    """,
+    "keys that are no strings": """
+        TABLE = {("a", 1): Client(), 2: iter(()), ("b", 2): [iter(()), {"k": "old"}]}
+        def node(state):
+            return TABLE[("b", 2)]
+    """,
+    "a named tuple": """
+        from typing import Any, NamedTuple
+        class Pair(NamedTuple):
+            client: Any
+            k: str
+        PAIR = Pair(Client(), "old")
+        def node(state):
+            return PAIR.k
+    """,
+    "a record": """
+        from dataclasses import dataclass
+        from typing import Any
+        @dataclass
+        class Config:
+            client: Any
+            k: str
+        CONFIGS = [{"main": Config(iter(()), "old")}]
+        def node(state):
+            return CONFIGS[0]["main"].k
+    """,
+    "an object in a list": """
+        class Service(Client):
+            def __init__(self, k):
+                super().__init__()
+                self.k = k
+        SERVICES = [Service("old")]
+        def node(state):
+            return SERVICES[0].k
+    """,
+    "a class's table": """
+        class Agent:
+            TABLE = {"client": Client(), "k": "old"}
+            def __call__(self, state):
+                return self.TABLE["k"]
+        node = Agent()
+    """,
+    "what contains itself": """
+        TABLE = {"client": iter(()), "k": "old"}
+        TABLE["me"] = TABLE["myself"] = TABLE
+        def node(state):
+            return TABLE["k"]
+    """,
+}
+EDITED |= {f"{name} around a client": CLIENT + s for name, s in AROUND_A_CLIENT.items()}
 
 
 @pytest.mark.parametrize("source", EDITED.values(), ids=EDITED)
