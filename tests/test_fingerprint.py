@@ -1062,6 +1062,16 @@ def test_watching_a_run_is_no_part_of_it():
     )
 
 
+def test_who_asks_is_no_part_of_a_graph():
+    """What a graph's own config says of threads and of the cache is none of its results' business;
+    what else it says must have a key."""
+    plain = graph()
+    for name in ("thread_id", "checkpoint_ns", "cache_control", "__pregel_x"):
+        assert fingerprint(plain.with_config(configurable={name: "a"})) == fingerprint(plain)
+    bound = plain.with_config(configurable={"db": iter(())})
+    assert path_of(bound) == 'CompiledStateGraph.config["db"]'
+
+
 def test_running_does_not_change_a_fingerprint():
     """Models, tools and graphs that have been used are what they were."""
     model, listed = Echo(prefix="a"), FakeListChatModel(responses=["a", "b"])
@@ -1212,6 +1222,109 @@ EDITED = {
     """,
 }
 
+
+GRAPH = """
+        from dataclasses import dataclass
+        from typing import Annotated, Any, TypedDict
+        from langgraph.graph import START, StateGraph
+        from pydantic import BaseModel, field_validator
+        class State(TypedDict, total=False):
+            old: str
+            q: str
+        class Part(TypedDict, total=False):
+            old: str
+        def answer(state):
+            return state
+        def made(*schemas, input_schema=None, **more):
+            builder = StateGraph(*schemas, **more)
+            builder.add_node("answer", answer, input_schema=input_schema)
+            return builder.add_edge(START, "answer").compile()
+"""
+GRAPHS = {
+    "config": """
+        graph = made(dict).with_config(configurable={"model": "old"})
+    """,
+    "output schema": """
+        graph = made(State, output_schema=Part)
+    """,
+    "input schema": """
+        graph = made(State, input_schema=Part)
+    """,
+    "state's default": """
+        @dataclass
+        class Loaded:
+            k: str = "old"
+        graph = made(Loaded)
+    """,
+    "state's method": """
+        class Loaded(BaseModel):
+            k: str = ""
+            def prompt(self):
+                return "old"
+        graph = made(Loaded)
+    """,
+    "node's validator": """
+        class Loaded(BaseModel):
+            q: str = ""
+            @field_validator("q")
+            @classmethod
+            def check(cls, value):
+                return "old" + value
+        graph = made(State, input_schema=Loaded)
+    """,
+    "context's default": """
+        @dataclass
+        class Context:
+            model: str = "old"
+        graph = made(dict, context_schema=Context)
+    """,
+    "channel's class": """
+        class Doc(BaseModel):
+            k: str = "old"
+        class Named(TypedDict):
+            doc: "Doc"
+        graph = made(Named)
+    """,
+    "task": """
+        from langgraph.func import entrypoint, task
+        @task
+        def ask(q):
+            return "old"
+        @entrypoint()
+        def graph(q):
+            return ask(q).result()
+    """,
+}
+for _name, _source in GRAPHS.items():
+    EDITED[f"a graph's {_name}"] = textwrap.dedent(GRAPH + _source) + "node = graph"
+    EDITED[f"a called graph's {_name}"] = (
+        textwrap.dedent(GRAPH + _source) + "node = lambda state: graph.invoke(state)"
+    )
+EDITED["a task"] = """
+        from langgraph.func import task
+        @task
+        def ask(q):
+            return "old"
+        def node(state):
+            return ask(state).result()
+"""
+EDITED["a task's policy"] = """
+        from langgraph.func import task
+        from langgraph.types import CachePolicy
+        @task(cache_policy=CachePolicy(key_func=lambda q: "old"))
+        def ask(q):
+            return q
+        def node(state):
+            return ask(state).result()
+"""
+EDITED["a captured task"] = """
+        from langgraph.func import task
+        def make(ask):
+            def node(state):
+                return ask(state).result()
+            return node
+        node = make(task(lambda q: "old"))
+"""
 
 CLIENT = """
         class Client:
