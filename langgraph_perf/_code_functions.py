@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import operator
 import sys
@@ -95,7 +96,8 @@ def _cell(walk: Walk, function: types.FunctionType, name: str, cell: types.CellT
     try:
         value = cell.cell_contents
     except ValueError:
-        return b"-"  # not set yet
+        walk.missing = True
+        return b"-"
     if walk.facts.changes(cell, name, value):
         return as_first_seen(function, name, value)
     return walk.captured(f'closure["{name}"]', value)
@@ -118,7 +120,8 @@ def _global(
 ) -> bytes:
     """What a module has under a name: by value or code if possible, else by type."""
     if name not in namespace:
-        return b"-"  # a builtin, or not there yet
+        walk.missing |= not hasattr(builtins, name)
+        return b"-"
     value = namespace[name]
     if types.ModuleType in mro_of(type(value)):
         if top_level(value.__name__) != top:

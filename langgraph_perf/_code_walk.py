@@ -90,6 +90,7 @@ class Walk(KeyEncoder):
         "homes",
         "kept",
         "lenient",
+        "missing",
         "modules",
         "near",
         "survey",
@@ -104,6 +105,7 @@ class Walk(KeyEncoder):
         self.survey = facts is None
         self.near: str | None = None  # while reading globals: the package that counts by code
         self.lenient = False  # while reading what nothing built in refers to
+        self.missing = False  # whether code was met that reads a name which nothing has yet
         self.kept: list[tuple[int, Any]] = []
         self.modules: dict[str, Any] = {}
         self._numbers: dict[int, int] = {}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any, ClassVar
 
@@ -51,18 +51,22 @@ class _NodeWalk(Walk):
         return super().plan_for(kind)
 
 
-def fingerprint(obj: Any) -> str:
+def fingerprint(obj: Any, incomplete: Callable[[], object] | None = None) -> str:
     """The identity of a node, a key function or any other callable, as 40 hexadecimal digits.
 
     It is the same in every process, whatever the hash seed, import order and working directory,
     before and after calls. It changes with what the code does, not with comments, docstrings or
     where the code stands.
 
+    Args:
+        incomplete: called if the code reads a name that nothing has yet, such as a helper's that
+            the module defines further down.
+
     Raises:
         Unkeyable: part of the identity cannot be keyed; its path is like
             ``retrieve: closure["client"]``.
     """
-    return _fingerprint(obj, _homes(obj))
+    return _fingerprint(obj, _homes(obj), incomplete)
 
 
 class Classes:
@@ -91,17 +95,22 @@ class Classes:
             return ""
 
 
-def _fingerprint(obj: Any, homes: frozenset[str]) -> str:
+def _fingerprint(
+    obj: Any, homes: frozenset[str], incomplete: Callable[[], object] | None = None
+) -> str:
     try:
         survey = _NodeWalk(homes)
         survey.run(obj)
         survey.facts.close()
-        raw = _NodeWalk(homes, survey.facts).run(obj)
+        walk = _NodeWalk(homes, survey.facts)
+        raw = walk.run(obj)
     except Unkeyable as exc:
         exc.within(_name(obj))
         raise
     except Exception as exc:
         raise Unkeyable(_name(obj), f"reading it raised {type(exc).__name__}") from exc
+    if walk.missing and incomplete is not None:
+        incomplete()
     return blake2b(b"langgraph_perf code 1\0" + raw, digest_size=DIGEST_SIZE).hexdigest()
 
 

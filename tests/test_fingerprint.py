@@ -1452,6 +1452,50 @@ def test_docstrings_of_what_is_only_called_do_not_count(monkeypatch: pytest.Monk
     assert prints[0] == prints[1]
 
 
+LATE = {
+    "a helper": ("def node(s): return {'answer': late(s)}", "def late(s): return 'old'"),
+    "a helper's helper": (
+        "def node(s): return {'answer': helper(s)}\ndef helper(s): return late(s)",
+        "def late(s): return 'old'",
+    ),
+    "a closure": (
+        """
+        def make():
+            def node(s): return {"answer": late(s)}
+            yield node
+            def late(s): return "old"
+            yield
+        made = make()
+        node = next(made)
+        """,
+        "next(made)",
+    ),
+    "what never comes": (
+        "def node(s): return {'answer': late(s) if s.get('answer') else old(s)}",
+        "def old(s): return 1\ndef new(s): return 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "late"), LATE.values(), ids=LATE)
+def test_a_helper_that_the_module_defines_after_compiling_counts(
+    monkeypatch: pytest.MonkeyPatch, source: str, late: str
+) -> None:
+    """When the node is first called it is there; what is not there then, the node does not need."""
+    cache = MemoryCache()
+
+    def ran(word: str) -> int:
+        module = module_of(monkeypatch, source.replace("old", word))
+        builder = CachingStateGraph(Asked).add_node("n", module.node, cache_policy=CachePolicy())
+        compiled = builder.add_edge(START, "n").compile(cache=cache)
+        exec(late.replace("old", word), module.__dict__)
+        for _ in range(2):
+            compiled.invoke({"question": 1})
+        return compiled.perf.stats().nodes["n"].runs
+
+    assert [ran(word) for word in ("old", "old", "new")] == [1, 0, 1]
+
+
 STATES = {
     "an enum's value": """
         from enum import Enum
