@@ -132,7 +132,11 @@ def _global(
             out.append(text(step) + _global(walk, value.__dict__, step, further, top))
         return b"".join(out)
     if walk.facts.changes(namespace, name, value):
-        return by_type(value)
+        # the module, since nothing can refer weakly to its namespace
+        module = sys.modules.get(str(namespace.get("__name__")))
+        if getattr(module, "__dict__", None) is not namespace:
+            return by_type(value)
+        return as_first_seen(module, name, value)
 
     def used() -> bytes:
         """What the code reads of an object that as a whole has no key."""

@@ -10,6 +10,7 @@ second then leaves out.
 
 from __future__ import annotations
 
+import array
 import asyncio
 import concurrent.futures
 import contextvars
@@ -135,6 +136,8 @@ class Walk(KeyEncoder):
             return _by_type
         if is_record(mro):
             return _instance
+        if kind is array.array:
+            return _array
         data = value_plan(kind) or builtin_plan(kind)
         if data is None:
             return _instance
@@ -312,6 +315,10 @@ def described(walk: Walk, value: Any) -> bytes:
 
 def _by_type(walk: Walk, value: Any) -> bytes:
     return by_type(value)
+
+
+def _array(walk: Walk, value: array.array[Any]) -> bytes:
+    return b"y" + walk.encode([value.typecode, value.tolist()])
 
 
 def _with_class(data: Plan) -> Plan:

@@ -4,8 +4,8 @@ The identity of a function is what its bytecode does, its defaults, its closure,
 classes and constants of its own top-level package that it reaches by name. Functions of other
 packages count by name, objects of known kinds (runnables, tools, models, graphs) by their parts,
 and objects with plain attributes by class and state. State that the code itself changes, such as a
-counter or a list of calls, is no part of it, and neither is what carries no configuration: locks,
-queues, loggers.
+counter or a list of calls, counts as it was when this process first looked, and what carries no
+configuration not at all: locks, queues, loggers.
 
 A value that is built in (closure, default, bound argument, ``self``) and that cannot be keyed
 raises. Of a module-level object, and of a class's attribute, that cannot, those parts count by type

@@ -1326,6 +1326,50 @@ EDITED["a captured task"] = """
         node = make(task(lambda q: "old"))
 """
 
+EDITED |= {
+    "a table that the code fills": """
+        TABLE = {"k": "old"}
+        def node(state):
+            TABLE.setdefault("n", 0)
+            return TABLE["k"]
+    """,
+    "a name that the code binds anew": """
+        model = "old"
+        def node(state):
+            global model
+            model = model or "default"
+            return model
+    """,
+    "an attribute that the code binds anew": """
+        class Config:
+            model = "old"
+        def node(state):
+            Config.model = Config.model or "default"
+            return Config.model
+    """,
+    "a type adapter": """
+        from pydantic import BaseModel, TypeAdapter
+        class Doc(BaseModel):
+            k: str = "old"
+        DOCS = TypeAdapter(list[Doc])
+        def node(state):
+            return DOCS.validate_python(state)
+    """,
+    "a private attribute's default": """
+        from pydantic import BaseModel, PrivateAttr
+        class Doc(BaseModel):
+            _k: str = PrivateAttr(default="old")
+        def node(state):
+            return Doc()._k
+    """,
+    "an array": """
+        from array import array
+        WEIGHTS = array("i", map(ord, "old"))
+        def node(state):
+            return WEIGHTS[0]
+    """,
+}
+
 CLIENT = """
         class Client:
             def __init__(self):
