@@ -22,6 +22,7 @@ import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 from langchain_core.messages import BaseMessage
@@ -85,7 +86,6 @@ class Walk(KeyEncoder):
 
     __slots__ = (
         "_numbers",
-        "_open",
         "_waiting",
         "facts",
         "homes",
@@ -110,7 +110,6 @@ class Walk(KeyEncoder):
         self.kept: list[tuple[int, Any]] = []
         self.modules: dict[str, Any] = {}
         self._numbers: dict[int, int] = {}
-        self._open: set[int] = set()
         self._waiting: deque[tuple[Any, Body]] = deque()
 
     def run(self, root: Any) -> bytes:
@@ -194,22 +193,21 @@ class Walk(KeyEncoder):
         types of the others."""
         if not self.lenient:
             return super().encode(value)
-        if id(value) in self._open:
-            return by_type(value)  # it contains itself
-        self._open.add(id(value))
-        try:
-            # how deep the interpreter's stack goes is no matter of the value: that ends it all
-            whole = super().encode
-            return self.attempt(lambda: whole(value), lambda: self._remains(value), (Unkeyable,))
-        finally:
-            self._open.discard(id(value))
+        # a container that contains itself has no key, but here nothing ends the walk through it
+        return self.here(value, Walk._whole) if is_container(value) else self._whole(value)
+
+    def _whole(self, value: Any) -> bytes:
+        # how deep the interpreter's stack goes is no matter of the value: that ends it all
+        whole = super().encode
+        return self.attempt(lambda: whole(value), lambda: self._remains(value), (Unkeyable,))
 
     def _remains(self, value: Any) -> bytes:
         """What counts of an object that as such has no key."""
         kind = by_type(value) + self.encode(type(value))
         if self.library(type(value).__module__):
             return kind  # a client's inner life is not configuration
-        return self.attempt(lambda: kind + self.here(value, state), lambda: kind, (Unkeyable,))
+        body = state if is_container(value) else partial(Walk.here, body=state)
+        return self.attempt(lambda: kind + body(self, value), lambda: kind, (Unkeyable,))
 
     def captured(self, where: str, value: Any) -> bytes:
         """A value that is built in, at ``where``. The survey does not mind if it has no key."""

@@ -1455,10 +1455,11 @@ AROUND_A_CLIENT = {
         node = Agent()
     """,
     "what contains itself": """
-        TABLE = {"client": iter(()), "k": "old"}
-        TABLE["me"] = TABLE["myself"] = TABLE
+        TABLES = [{"client": iter(()), "k": "old"} for _ in range(20)]
+        for table in TABLES:
+            table["others"] = [(other,) for other in TABLES]
         def node(state):
-            return TABLE["k"]
+            return TABLES[0]["k"]
     """,
 }
 EDITED |= {f"{name} around a client": CLIENT + s for name, s in AROUND_A_CLIENT.items()}
