@@ -9,10 +9,10 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
-from langgraph_perf._canonical import Plan, mro_of, namespace_of, text, type_name
-from langgraph_perf._code_walk import Walk, by_type, found_by_name
+from langgraph_perf._canonical import Plan, instance_state, mro_of, namespace_of, text, type_name
+from langgraph_perf._code_walk import Walk, as_first_seen, by_type, found_by_name
 
 # what Python, dataclasses, enums and pydantic add to a class; it follows from the rest
 _ADDED = frozenset(
@@ -32,6 +32,8 @@ def class_or_annotation_plan(kind: type) -> Plan | None:
     """The plan of classes, and of what annotations are made of."""
     if type in mro_of(kind):
         return _class
+    if kind is TypeAdapter:
+        return _type_adapter
     return annotation if _is_annotation(kind) else None
 
 
@@ -42,13 +44,20 @@ def _class(walk: Walk, kind: type) -> bytes:
     return walk.later(kind, _class_body)
 
 
+def _type_adapter(walk: Walk, adapter: Any) -> bytes:
+    own = instance_state(TypeAdapter)(adapter)
+    return b"A" + annotation(walk, own.get("_type")) + walk.or_type(own.get("_config"))
+
+
 def _class_body(walk: Walk, kind: type) -> bytes:
     out = [_class(walk, type(kind))]
     out += [_class(walk, base) for base in kind.__bases__]
     members = dict(_members(kind))
     for name in sorted(members):
         member = members[name]
-        if not walk.facts.changes(kind, name, member):
+        if walk.facts.changes(kind, name, member):
+            out.append(text(name) + as_first_seen(kind, name, member))
+        else:
             out.append(text(name) + _member(walk, member))
     return b"%d:%b" % (len(members), b"".join(out))
 
@@ -84,6 +93,8 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
             yield f"field {name} default", (info.default, info.default_factory)
             more = (info.title, info.examples, info.json_schema_extra, info.deprecated)
             yield f"field {name} more", (info.alias, info.description, info.metadata, *more)
+        for name, private in getattr(kind, "__private_attributes__", {}).items():
+            yield f"private {name}", (private.default, private.default_factory)
         decorators = getattr(kind, "__pydantic_decorators__", None)
         for group in ("field_validators", "model_validators", "field_serializers"):
             for name, decorator in getattr(decorators, group, {}).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import operator
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.machinery import PathFinder
 from typing import Any
 
-from langgraph_perf._canonical import Plan, Unkeyable, instance_state, mro_of, text, type_name
+from langgraph_perf._canonical import Plan, Unkeyable, mro_of, text, type_name
 from langgraph_perf._code_facts import top_level, value_of
 from langgraph_perf._code_identity import Code, Origin, code_of
 from langgraph_perf._code_walk import Walk, as_first_seen, by_type, described, found_by_name
@@ -95,7 +96,8 @@ def _cell(walk: Walk, function: types.FunctionType, name: str, cell: types.CellT
     try:
         value = cell.cell_contents
     except ValueError:
-        return b"-"  # not set yet
+        walk.missing = True
+        return b"-"
     if walk.facts.changes(cell, name, value):
         return as_first_seen(function, name, value)
     return walk.captured(f'closure["{name}"]', value)
@@ -118,7 +120,8 @@ def _global(
 ) -> bytes:
     """What a module has under a name: by value or code if possible, else by type."""
     if name not in namespace:
-        return b"-"  # a builtin, or not there yet
+        walk.missing |= not hasattr(builtins, name)
+        return b"-"
     value = namespace[name]
     if types.ModuleType in mro_of(type(value)):
         if top_level(value.__name__) != top:
@@ -129,35 +132,25 @@ def _global(
             out.append(text(step) + _global(walk, value.__dict__, step, further, top))
         return b"".join(out)
     if walk.facts.changes(namespace, name, value):
-        return by_type(value)
+        # the module, since nothing can refer weakly to its namespace
+        module = sys.modules.get(str(namespace.get("__name__")))
+        if getattr(module, "__dict__", None) is not namespace:
+            return by_type(value)
+        return as_first_seen(module, name, value)
 
-    def parts() -> bytes:
-        """An object that as a whole has no key: its class, and its parts one by one."""
-        out = [by_type(value), walk.or_type(type(value))]
-        inside = _inside(walk, value)
-        for step in {path[0] for path in paths if path}:
-            inside.setdefault(step, value_of(value, step))
-        for step in sorted(inside):
-            part = inside[step]
+    def used() -> bytes:
+        """What the code reads of an object that as a whole has no key."""
+        out = []
+        for step in sorted({path[0] for path in paths if path}):
+            part = value_of(value, step)
             if part is not None and not walk.facts.changes(value, step, part):
                 out.append(text(step) + walk.or_type(part))
         return b"".join(out)
 
     outer, walk.near = walk.near, top
-    encoded = walk.attempt(lambda: walk.encode(value), parts)
+    encoded = walk.or_type(value, used)
     walk.near = outer
     return encoded
-
-
-def _inside(walk: Walk, value: Any) -> dict[str, Any]:
-    """The parts of a container, or of an object whose class is the user's own."""
-    if type(value) in (list, tuple):
-        return {f"[{i}]": item for i, item in enumerate(value)}
-    if type(value) is dict:
-        return {name: item for name, item in value.items() if type(name) is str}
-    if walk.library(type(value).__module__):
-        return {}  # a client's inner life is not configuration
-    return dict(instance_state(type(value))(value))
 
 
 def _imported(

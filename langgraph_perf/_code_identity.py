@@ -8,7 +8,7 @@ count. Constants are written as keys are, so equality does not depend on the pro
 from __future__ import annotations
 
 import dis
-from collections.abc import Iterator
+import sys
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, TypeAlias
@@ -92,6 +92,7 @@ _NAMED = frozenset((*dis.hasname, *dis.haslocal, *dis.hasfree))
 # they say where a class body stands, or repeat what else is in it
 _NOTES = frozenset(("__doc__", "__firstlineno__", "__static_attributes__"))
 _HAS_DOCSTRING = 0x4000000  # a flag of Python 3.13
+_SLOT_ABOVE = sys.version_info >= (3, 13)
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,8 @@ class _Reader:
 
     def _step(self, stack: list[Origin | None], instruction: dis.Instruction) -> None:
         name, value, arg = instruction.opname, instruction.argval, instruction.arg
+        if name == "KW_NAMES":
+            return  # stands between the arguments and their call, and touches neither
         if name in ("LOAD_ATTR", "LOAD_METHOD"):
             base = stack[-1] if stack else None
             if base:
@@ -287,10 +290,10 @@ class _Reader:
                 stack += [None] * effect
 
 
-def _placed(origin: Origin | None, count: int) -> Iterator[Origin | None]:
+def _placed(origin: Origin | None, count: int) -> list[Origin | None]:
     """A value and, where it is loaded to be called, the empty slot that goes with it.
 
-    On which side of the value the slot is differs between versions; a call takes both.
+    Not only a call can come next, but also an attribute, which is read off what is on top.
     """
-    yield origin
-    yield from [None] * (count - 1)
+    slot: list[Origin | None] = [None] * (count - 1)
+    return [origin, *slot] if _SLOT_ABOVE else [*slot, origin]

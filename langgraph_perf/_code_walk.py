@@ -10,6 +10,7 @@ second then leaves out.
 
 from __future__ import annotations
 
+import array
 import asyncio
 import concurrent.futures
 import contextvars
@@ -21,6 +22,7 @@ import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 from langchain_core.messages import BaseMessage
@@ -82,7 +84,18 @@ class Walk(KeyEncoder):
         facts: what a survey found; ``None`` if this is the survey.
     """
 
-    __slots__ = ("_numbers", "_waiting", "facts", "homes", "kept", "modules", "near", "survey")
+    __slots__ = (
+        "_numbers",
+        "_waiting",
+        "facts",
+        "homes",
+        "kept",
+        "lenient",
+        "missing",
+        "modules",
+        "near",
+        "survey",
+    )
 
     plans: ClassVar[IdentityMap]
 
@@ -92,7 +105,9 @@ class Walk(KeyEncoder):
         self.facts = facts or Facts()
         self.survey = facts is None
         self.near: str | None = None  # while reading globals: the package that counts by code
-        self.kept: list[Any] = []
+        self.lenient = False  # while reading what nothing built in refers to
+        self.missing = False  # whether code was met that reads a name which nothing has yet
+        self.kept: list[tuple[int, Any]] = []
         self.modules: dict[str, Any] = {}
         self._numbers: dict[int, int] = {}
         self._waiting: deque[tuple[Any, Body]] = deque()
@@ -120,6 +135,8 @@ class Walk(KeyEncoder):
             return _by_type
         if is_record(mro):
             return _instance
+        if kind is array.array:
+            return _array
         data = value_plan(kind) or builtin_plan(kind)
         if data is None:
             return _instance
@@ -127,38 +144,70 @@ class Walk(KeyEncoder):
 
     # -- references -------------------------------------------------------------------------------
 
-    def _number(self, obj: Any) -> None:
-        self._numbers[id(obj)] = len(self.kept)
-        self.kept.append(obj)
+    def _number(self, key: int, obj: Any) -> int:
+        self._numbers[key] = len(self.kept)
+        self.kept.append((key, obj))
+        return self._numbers[key]
 
     def later(self, obj: Any, body: Body) -> bytes:
         """The number of a function or class, which is described when its turn comes."""
         if id(obj) not in self._numbers:
-            self._number(obj)
+            self._number(id(obj), obj)
             self._waiting.append((obj, body))
         return b"@%d;" % self._numbers[id(obj)]
 
     def here(self, obj: Any, body: Body) -> bytes:
         """The description of an instance, or its number if it has one already."""
-        if id(obj) in self._numbers:
-            return b"@%d;" % self._numbers[id(obj)]
-        self._number(obj)
-        return b"#%d:%b" % (self._numbers[id(obj)], body(self, obj))
+        number = self._numbers.get(id(obj))
+        # what was described leniently must not pass where everything needs a key
+        key = ~id(obj) if self.lenient else id(obj)
+        if number is None:
+            number = self._numbers.get(key)
+        if number is not None:
+            return b"@%d;" % number
+        return b"#%d:%b" % (self._number(key, obj), body(self, obj))
 
-    def attempt(self, encode: Callable[[], bytes], otherwise: Callable[[], bytes]) -> bytes:
+    def attempt(
+        self,
+        encode: Callable[[], bytes],
+        otherwise: Callable[[], bytes],
+        failures: tuple[type[Exception], ...] = (Unkeyable, RecursionError),
+    ) -> bytes:
         """``encode()``, or, if it meets what cannot be keyed, ``otherwise()`` as if it had not been
         tried: objects met on the way must not pass for described ones."""
-        kept, waiting, depth, near = len(self.kept), len(self._waiting), self.depth, self.near
+        kept, waiting = len(self.kept), len(self._waiting)
+        depth, near, lenient = self.depth, self.near, self.lenient
         try:
             return encode()
-        except (Unkeyable, RecursionError):
-            for obj in self.kept[kept:]:
-                del self._numbers[id(obj)]
+        except failures:
+            for key, _ in self.kept[kept:]:
+                del self._numbers[key]
             del self.kept[kept:]
             while len(self._waiting) > waiting:
                 self._waiting.pop()
-            self.depth, self.near = depth, near
+            self.depth, self.near, self.lenient = depth, near, lenient
             return otherwise()
+
+    def encode(self, value: Any) -> bytes:
+        """The canonical bytes of ``value``; if lenient, those of its parts that have a key, and the
+        types of the others."""
+        if not self.lenient:
+            return super().encode(value)
+        # a container that contains itself has no key, but here nothing ends the walk through it
+        return self.here(value, Walk._whole) if is_container(value) else self._whole(value)
+
+    def _whole(self, value: Any) -> bytes:
+        # how deep the interpreter's stack goes is no matter of the value: that ends it all
+        whole = super().encode
+        return self.attempt(lambda: whole(value), lambda: self._remains(value), (Unkeyable,))
+
+    def _remains(self, value: Any) -> bytes:
+        """What counts of an object that as such has no key."""
+        kind = by_type(value) + self.encode(type(value))
+        if self.library(type(value).__module__):
+            return kind  # a client's inner life is not configuration
+        body = state if is_container(value) else partial(Walk.here, body=state)
+        return self.attempt(lambda: kind + body(self, value), lambda: kind, (Unkeyable,))
 
     def captured(self, where: str, value: Any) -> bytes:
         """A value that is built in, at ``where``. The survey does not mind if it has no key."""
@@ -166,9 +215,19 @@ class Walk(KeyEncoder):
             return self.attempt(lambda: self.at(where, value), bytes)
         return self.at(where, value)
 
-    def or_type(self, value: Any) -> bytes:
-        """A value, or its type if it has no key."""
-        return self.attempt(lambda: self.encode(value), lambda: by_type(value))
+    def or_type(self, value: Any, more: Callable[[], bytes] = bytes) -> bytes:
+        """A value. Of those of its parts that have no key only the types count, and ``more()``."""
+        if self.lenient:
+            return self.encode(value)
+        if self.survey:  # it does not mind what has no key, so it would not find out
+            return self._leniently(value, more)
+        return self.attempt(lambda: self.encode(value), lambda: self._leniently(value, more))
+
+    def _leniently(self, value: Any, more: Callable[[], bytes]) -> bytes:
+        self.lenient = True
+        encoded = self.attempt(lambda: self.encode(value), lambda: by_type(value)) + more()
+        self.lenient = False
+        return encoded
 
     # -- whose code is it -------------------------------------------------------------------------
 
@@ -181,7 +240,10 @@ class Walk(KeyEncoder):
 
     def unordered(self, values: Iterable[Any]) -> bytes:
         # numbers are given in the order of the walk, which must not depend on hashes
-        return super().unordered(sorted(values, key=_by_names))
+        lenient, self.lenient = self.lenient, False
+        encoded = super().unordered(sorted(values, key=_by_names))
+        self.lenient = lenient
+        return encoded
 
 
 def _by_names(value: Any) -> tuple[str, str]:
@@ -251,6 +313,10 @@ def described(walk: Walk, value: Any) -> bytes:
 
 def _by_type(walk: Walk, value: Any) -> bytes:
     return by_type(value)
+
+
+def _array(walk: Walk, value: array.array[Any]) -> bytes:
+    return b"y" + walk.encode([value.typecode, value.tolist()])
 
 
 def _with_class(data: Plan) -> Plan:

@@ -48,8 +48,8 @@ class NodeSpec:
         allowed: the types its results may be made of.
 
     Attributes:
-        code: the fingerprint of its code or the policy's ``version``; ``None`` if it has none,
-            and then it runs uncached.
+        identify: takes the fingerprint again, at the first call: the code may read names that
+            nothing had when the graph was compiled. ``None``: there is no need.
         code_of: the same for the classes of its input; ``None``: they count by name.
         has_subgraph: whether the node contains a graph that may be resumed inside it.
         remembers: whether it contains one that remembers its earlier runs, so that its result
@@ -70,7 +70,7 @@ class NodeSpec:
         self.policy = policy
         self.uses = uses
         self.allowed = allowed
-        self.code: str | None = None
+        self.identify: Callable[[], str | None] | None = None
         self.code_of: Callable[[type], str] | None = None
         self.has_subgraph = False
         self.remembers = False
@@ -78,8 +78,24 @@ class NodeSpec:
         self.retry: Sequence[RetryPolicy] = ()
         self.namespace = (NAMESPACE, graph, name)
         self.counters = NodeCounters()
+        self._code: str | None = None
         self._warned: set[str] = set()
         self._lock = new_lock()
+
+    @property
+    def code(self) -> str | None:
+        """The fingerprint of its code or the policy's ``version``; ``None`` if it has none, and
+        then it runs uncached."""
+        identify = self.identify
+        if identify is not None:
+            # two threads may come here at once, and find the same
+            self._code = identify()
+            self.identify = None
+        return self._code
+
+    @code.setter
+    def code(self, code: str | None) -> None:
+        self._code = code
 
     def warn(self, message: str) -> None:
         """Log a warning, the first time."""

@@ -9,9 +9,11 @@ from langchain_core.language_models.chat_models import SimpleChatModel
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langgraph.channels.base import BaseChannel
+from langgraph.func import _TaskFunction
 from langgraph.graph import StateGraph
 from langgraph.pregel import Pregel
 
+from langgraph_perf._binding import users_part
 from langgraph_perf._canonical import Plan, instance_state, mro_of, namespace_of
 from langgraph_perf._code_walk import Walk, state
 
@@ -72,7 +74,8 @@ def _model_state(walk: Walk, model: Any) -> bytes:
 
 def _channel(walk: Walk, channel: BaseChannel[Any, Any, Any]) -> bytes:
     own = instance_state(type(channel))(channel)
-    return walk.encode(type(channel)) + walk.or_type(own.get("operator"))
+    kind = walk.or_type(own.get("typ"))
+    return walk.encode(type(channel)) + kind + walk.or_type(own.get("operator"))
 
 
 def _graph(walk: Walk, graph: Any) -> bytes:
@@ -90,7 +93,11 @@ def _graph_parts(walk: Walk, graph: Any) -> bytes:
                 for name, node in graph.nodes.items()
             },
             "channels": dict(graph.channels),
+            "context": graph.context_schema,
         }
+    # it comes on top of what the graph is called with, and so is in no run's key
+    parts["config"] = users_part((graph.config or {}).get("configurable") or {})
+    parts["in and out"] = (graph.input_channels, graph.output_channels)
     parts["interrupts"] = (graph.interrupt_before_nodes, graph.interrupt_after_nodes)
     return b"".join(walk.captured(f".{name}", parts[name]) for name in sorted(parts))
 
@@ -103,9 +110,21 @@ def _builder(walk: Walk, builder: Any) -> bytes:
 def _builder_parts(builder: Any) -> dict[str, Any]:
     return {
         "nodes": {
-            name: (spec.runnable, sorted(builder.schemas.get(spec.input_schema, ())), spec.defer)
+            name: (
+                spec.runnable,
+                # of it are made what the node gets: with the defaults, validators and methods in it
+                spec.input_schema,
+                sorted(builder.schemas.get(spec.input_schema, ())),
+                spec.defer,
+            )
             for name, spec in builder.nodes.items()
         },
+        "schemas": (
+            builder.state_schema,
+            builder.input_schema,
+            builder.output_schema,
+            builder.context_schema,
+        ),
         "edges": sorted(builder.edges),
         "waiting": sorted(builder.waiting_edges),
         "branches": {
@@ -116,7 +135,13 @@ def _builder_parts(builder: Any) -> dict[str, Any]:
     }
 
 
+def _task(walk: Walk, task: Any) -> bytes:
+    policies = (task.retry_policy, task.cache_policy, task.timeout)
+    return b"K" + walk.captured(".func", task.func) + walk.captured(".policies", policies)
+
+
 _PLANS: dict[type, Plan] = {
+    _TaskFunction: _task,
     BaseLanguageModel: _model,
     Pregel: _graph,
     StateGraph: _builder,

@@ -4,19 +4,20 @@ The identity of a function is what its bytecode does, its defaults, its closure,
 classes and constants of its own top-level package that it reaches by name. Functions of other
 packages count by name, objects of known kinds (runnables, tools, models, graphs) by their parts,
 and objects with plain attributes by class and state. State that the code itself changes, such as a
-counter or a list of calls, is no part of it, and neither is what carries no configuration: locks,
-queues, loggers.
+counter or a list of calls, counts as it was when this process first looked, and what carries no
+configuration not at all: locks, queues, loggers.
 
 A value that is built in (closure, default, bound argument, ``self``) and that cannot be keyed
-raises. A module-level object that cannot counts by its name and type, and by those of its
-attributes in use that can, since the code names it.
+raises. Of a module-level object, and of a class's attribute, that cannot, those parts count by type
+that have no key, and the others as ever: the code names the object, and the edit of a prompt must
+not go unnoticed because there is a client in the chain.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any, ClassVar
 
@@ -50,18 +51,22 @@ class _NodeWalk(Walk):
         return super().plan_for(kind)
 
 
-def fingerprint(obj: Any) -> str:
+def fingerprint(obj: Any, incomplete: Callable[[], object] | None = None) -> str:
     """The identity of a node, a key function or any other callable, as 40 hexadecimal digits.
 
     It is the same in every process, whatever the hash seed, import order and working directory,
     before and after calls. It changes with what the code does, not with comments, docstrings or
     where the code stands.
 
+    Args:
+        incomplete: called if the code reads a name that nothing has yet, such as a helper's that
+            the module defines further down.
+
     Raises:
         Unkeyable: part of the identity cannot be keyed; its path is like
             ``retrieve: closure["client"]``.
     """
-    return _fingerprint(obj, _homes(obj))
+    return _fingerprint(obj, _homes(obj), incomplete)
 
 
 class Classes:
@@ -90,17 +95,22 @@ class Classes:
             return ""
 
 
-def _fingerprint(obj: Any, homes: frozenset[str]) -> str:
+def _fingerprint(
+    obj: Any, homes: frozenset[str], incomplete: Callable[[], object] | None = None
+) -> str:
     try:
         survey = _NodeWalk(homes)
         survey.run(obj)
         survey.facts.close()
-        raw = _NodeWalk(homes, survey.facts).run(obj)
+        walk = _NodeWalk(homes, survey.facts)
+        raw = walk.run(obj)
     except Unkeyable as exc:
         exc.within(_name(obj))
         raise
     except Exception as exc:
         raise Unkeyable(_name(obj), f"reading it raised {type(exc).__name__}") from exc
+    if walk.missing and incomplete is not None:
+        incomplete()
     return blake2b(b"langgraph_perf code 1\0" + raw, digest_size=DIGEST_SIZE).hexdigest()
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from datetime import timedelta
 from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from langchain_core.runnables import RunnableConfig
@@ -232,11 +233,15 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         # imported here: it knows language models and tools, which are heavy to import
         from langgraph_perf.fingerprint import Classes, fingerprint
 
+        def later() -> None:
+            # not for every node: what runs until the first call may change what the code reads
+            spec.identify = partial(StateGraph._code_of, bound, policy, spec)
+
         try:
-            code = fingerprint(bound)
+            code = fingerprint(bound, later)
             spec.code_of = Classes(bound)
             # a key function is code too: what it leaves out decides what is the same
-            return f"{code} {fingerprint(policy.key)}" if callable(policy.key) else code
+            return f"{code} {fingerprint(policy.key, later)}" if callable(policy.key) else code
         except Unkeyable as exc:
             spec.warn(f"runs uncached: {exc}; CachePolicy(version=...) can stand for its code")
             return None

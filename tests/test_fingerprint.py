@@ -41,6 +41,7 @@ from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
 from langgraph_perf import CachePolicy, MemoryCache
 from langgraph_perf import StateGraph as CachingStateGraph
+from langgraph_perf._code_identity import code_of
 from langgraph_perf.fingerprint import Classes, Unkeyable, fingerprint
 from tests._fingerprint_cases.packages import Packages
 
@@ -88,6 +89,7 @@ def test_known_fingerprints() -> None:
 NODES = (
     "nodes.node",
     "nodes.by_module",
+    "nodes.by_call",
     "nodes.abroad",
     "nodes.lazily",
     "nodes.lazily_relative",
@@ -126,7 +128,7 @@ def test_layout_comments_and_docstrings_do_not_count(packages):
     packages.edit("app/lazy.py", "def heavy", '"""A module."""\n\ndef heavy')
     assert packages.fingerprints(*NODES) == want
     packages.edit("app/helpers.py", "return 0", "return 1")  # nobody calls it
-    assert packages.fingerprints(*NODES[:3]) == want[:3]
+    assert packages.fingerprints(*NODES[:4]) == want[:4]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +158,8 @@ def test_layout_comments_and_docstrings_do_not_count(packages):
             "return [clean(text)]",
             {"nodes.lazily", "nodes.lazily_relative"},
         ),
+        ("app/helpers.py", "start = 7", "start = 8", {"nodes.by_call"}),
+        ("app/helpers.py", "yield [size]", "yield size", {"nodes.by_call"}),
         ("app/nodes.py", "n != 0 and", "n > 0 and", {"nodes.even"}),
         ("app/nodes.py", "limit = 5", "limit = 6", {"nodes.Agent(1)", "nodes.Agent(1).run"}),
         (
@@ -186,6 +190,28 @@ def test_an_edited_node_of_a_script_changes(tmp_path):
     program = "def node(s):\n    return help_(s)\ndef help_(s):\n    return {}\nnodes = None"
     prints = [packages.fingerprints("node", before=program.format(value))[0] for value in (1, 1, 2)]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_what_is_read_off_a_module_and_passed_is_seen() -> None:
+    """Where the compiler knows that a name is an import, it lays out calls in another way."""
+    source = """
+        from . import h
+        def node(s):
+            with h.ctx(h.tool, h.sub.g(1)(s), key=h.other) as x:
+                return {"a": h.f(), "b": x.y(h.last), "c": [h.Class(h.first).go(h.more)]}
+    """
+    module = compile(textwrap.dedent(source), "m.py", "exec")
+    (code,) = (const for const in module.co_consts if isinstance(const, types.CodeType))
+    known = code_of(code)
+    read = "ctx tool sub other f last Class first more".split()  # noqa: SIM905
+    assert {o for o in known.loads if o[0] == "global"} == {
+        ("global", "h"),
+        ("global", "h", "sub", "g"),
+        *(("global", "h", name) for name in read),
+    }
+    assert {o for o in known.passed if o[0] == "global"} == {
+        ("global", "h", name) for name in ("tool", "other", "last", "first", "more")
+    }
 
 
 # -- functions ------------------------------------------------------------------------------------
@@ -618,6 +644,20 @@ def test_an_object_refused_once_is_refused_again(client):
     )
     assert fingerprint(namespace["outer"](1))
     assert path_of(namespace["outer"](client)) == 'node: closure["k"].socket'
+    namespace["clients"] = {1: client}
+    exec("def other():\n    return clients[1], clients\n", namespace)
+    exec("def first(k):\n    return lambda state: (clients, later(k))\n", namespace)
+    exec("def later(k):\n    return other, k\n", namespace)
+    assert path_of(namespace["first"](client)) == '<lambda>: closure["k"].socket'
+    assert path_of([namespace["other"], namespace["outer"](client)]) == (
+        'node: closure["k"].socket'
+    )
+
+
+def test_a_chain_with_a_client_is_refused_where_it_is_built_in(client):
+    """Among the globals only the client counts by type, in a closure it is named."""
+    assert path_of(make(RunnableLambda(client.get) | double)) == "Client.get: self.socket"
+    assert path_of(functools.partial(double, y=graph(client.get))) == "Client.get: self.socket"
 
 
 # -- classes --------------------------------------------------------------------------------------
@@ -1022,6 +1062,16 @@ def test_watching_a_run_is_no_part_of_it():
     )
 
 
+def test_who_asks_is_no_part_of_a_graph():
+    """What a graph's own config says of threads and of the cache is none of its results' business;
+    what else it says must have a key."""
+    plain = graph()
+    for name in ("thread_id", "checkpoint_ns", "cache_control", "__pregel_x"):
+        assert fingerprint(plain.with_config(configurable={name: "a"})) == fingerprint(plain)
+    bound = plain.with_config(configurable={"db": iter(())})
+    assert path_of(bound) == 'CompiledStateGraph.config["db"]'
+
+
 def test_running_does_not_change_a_fingerprint():
     """Models, tools and graphs that have been used are what they were."""
     model, listed = Echo(prefix="a"), FakeListChatModel(responses=["a", "b"])
@@ -1173,6 +1223,248 @@ EDITED = {
 }
 
 
+GRAPH = """
+        from dataclasses import dataclass
+        from typing import Annotated, Any, TypedDict
+        from langgraph.graph import START, StateGraph
+        from pydantic import BaseModel, field_validator
+        class State(TypedDict, total=False):
+            old: str
+            q: str
+        class Part(TypedDict, total=False):
+            old: str
+        def answer(state):
+            return state
+        def made(*schemas, input_schema=None, **more):
+            builder = StateGraph(*schemas, **more)
+            builder.add_node("answer", answer, input_schema=input_schema)
+            return builder.add_edge(START, "answer").compile()
+"""
+GRAPHS = {
+    "config": """
+        graph = made(dict).with_config(configurable={"model": "old"})
+    """,
+    "output schema": """
+        graph = made(State, output_schema=Part)
+    """,
+    "input schema": """
+        graph = made(State, input_schema=Part)
+    """,
+    "state's default": """
+        @dataclass
+        class Loaded:
+            k: str = "old"
+        graph = made(Loaded)
+    """,
+    "state's method": """
+        class Loaded(BaseModel):
+            k: str = ""
+            def prompt(self):
+                return "old"
+        graph = made(Loaded)
+    """,
+    "node's validator": """
+        class Loaded(BaseModel):
+            q: str = ""
+            @field_validator("q")
+            @classmethod
+            def check(cls, value):
+                return "old" + value
+        graph = made(State, input_schema=Loaded)
+    """,
+    "context's default": """
+        @dataclass
+        class Context:
+            model: str = "old"
+        graph = made(dict, context_schema=Context)
+    """,
+    "channel's class": """
+        class Doc(BaseModel):
+            k: str = "old"
+        class Named(TypedDict):
+            doc: "Doc"
+        graph = made(Named)
+    """,
+    "task": """
+        from langgraph.func import entrypoint, task
+        @task
+        def ask(q):
+            return "old"
+        @entrypoint()
+        def graph(q):
+            return ask(q).result()
+    """,
+}
+for _name, _source in GRAPHS.items():
+    EDITED[f"a graph's {_name}"] = textwrap.dedent(GRAPH + _source) + "node = graph"
+    EDITED[f"a called graph's {_name}"] = (
+        textwrap.dedent(GRAPH + _source) + "node = lambda state: graph.invoke(state)"
+    )
+EDITED["a task"] = """
+        from langgraph.func import task
+        @task
+        def ask(q):
+            return "old"
+        def node(state):
+            return ask(state).result()
+"""
+EDITED["a task's policy"] = """
+        from langgraph.func import task
+        from langgraph.types import CachePolicy
+        @task(cache_policy=CachePolicy(key_func=lambda q: "old"))
+        def ask(q):
+            return q
+        def node(state):
+            return ask(state).result()
+"""
+EDITED["a captured task"] = """
+        from langgraph.func import task
+        def make(ask):
+            def node(state):
+                return ask(state).result()
+            return node
+        node = make(task(lambda q: "old"))
+"""
+
+EDITED |= {
+    "a table that the code fills": """
+        TABLE = {"k": "old"}
+        def node(state):
+            TABLE.setdefault("n", 0)
+            return TABLE["k"]
+    """,
+    "a name that the code binds anew": """
+        model = "old"
+        def node(state):
+            global model
+            model = model or "default"
+            return model
+    """,
+    "an attribute that the code binds anew": """
+        class Config:
+            model = "old"
+        def node(state):
+            Config.model = Config.model or "default"
+            return Config.model
+    """,
+    "a type adapter": """
+        from pydantic import BaseModel, TypeAdapter
+        class Doc(BaseModel):
+            k: str = "old"
+        DOCS = TypeAdapter(list[Doc])
+        def node(state):
+            return DOCS.validate_python(state)
+    """,
+    "a private attribute's default": """
+        from pydantic import BaseModel, PrivateAttr
+        class Doc(BaseModel):
+            _k: str = PrivateAttr(default="old")
+        def node(state):
+            return Doc()._k
+    """,
+    "an array": """
+        from array import array
+        WEIGHTS = array("i", map(ord, "old"))
+        def node(state):
+            return WEIGHTS[0]
+    """,
+}
+
+CLIENT = """
+        class Client:
+            def __init__(self):
+                self.socket = iter(())
+            def fetch(self, state):
+                return state
+"""
+AROUND_A_CLIENT = {
+    "a chain": """
+        from langchain_core.prompts import ChatPromptTemplate
+        from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+        prompt = ChatPromptTemplate.from_messages([("system", "old"), ("human", "{q} {docs}")])
+        found = RunnableLambda(Client().fetch)
+        chain = {"docs": found | str, "q": RunnablePassthrough()} | prompt
+        def node(state):
+            return chain.invoke(state)
+    """,
+    "a retriever": """
+        from langchain_core.embeddings import DeterministicFakeEmbedding
+        from langchain_core.vectorstores import InMemoryVectorStore
+        found = InMemoryVectorStore(DeterministicFakeEmbedding(size=3))
+        retriever = found.as_retriever(search_kwargs={"k": "old"})
+        def node(state):
+            return retriever.invoke(state)
+    """,
+    "a graph": """
+        from langgraph.graph import START, StateGraph
+        def answer(state):
+            return {"a": "old"}
+        builder = StateGraph(dict).add_node("fetch", Client().fetch).add_node("answer", answer)
+        graph = builder.add_edge(START, "fetch").add_edge("fetch", "answer").compile()
+        def node(state):
+            return graph.invoke(state)
+    """,
+    "tools": """
+        from langchain_core.tools import StructuredTool
+        def more(x: str):
+            return "old"
+        made = StructuredTool.from_function
+        TOOLS = {1: [made(Client().fetch, description="d"), made(more, description="d")]}
+        def node(state):
+            return TOOLS[1][1].invoke(state)
+    """,
+    "keys that are no strings": """
+        TABLE = {("a", 1): Client(), 2: iter(()), ("b", 2): [iter(()), {"k": "old"}]}
+        def node(state):
+            return TABLE[("b", 2)]
+    """,
+    "a named tuple": """
+        from typing import Any, NamedTuple
+        class Pair(NamedTuple):
+            client: Any
+            k: str
+        PAIR = Pair(Client(), "old")
+        def node(state):
+            return PAIR.k
+    """,
+    "a record": """
+        from dataclasses import dataclass
+        from typing import Any
+        @dataclass
+        class Config:
+            client: Any
+            k: str
+        CONFIGS = [{"main": Config(iter(()), "old")}]
+        def node(state):
+            return CONFIGS[0]["main"].k
+    """,
+    "an object in a list": """
+        class Service(Client):
+            def __init__(self, k):
+                super().__init__()
+                self.k = k
+        SERVICES = [Service("old")]
+        def node(state):
+            return SERVICES[0].k
+    """,
+    "a class's table": """
+        class Agent:
+            TABLE = {"client": Client(), "k": "old"}
+            def __call__(self, state):
+                return self.TABLE["k"]
+        node = Agent()
+    """,
+    "what contains itself": """
+        TABLES = [{"client": iter(()), "k": "old"} for _ in range(20)]
+        for table in TABLES:
+            table["others"] = [(other,) for other in TABLES]
+        def node(state):
+            return TABLES[0]["k"]
+    """,
+}
+EDITED |= {f"{name} around a client": CLIENT + s for name, s in AROUND_A_CLIENT.items()}
+
+
 @pytest.mark.parametrize("source", EDITED.values(), ids=EDITED)
 def test_an_edit_of_what_is_only_looked_at_changes_the_node(
     monkeypatch: pytest.MonkeyPatch, source: str
@@ -1203,6 +1495,50 @@ def test_docstrings_of_what_is_only_called_do_not_count(monkeypatch: pytest.Monk
         for word in ("old", "new")
     ]
     assert prints[0] == prints[1]
+
+
+LATE = {
+    "a helper": ("def node(s): return {'answer': late(s)}", "def late(s): return 'old'"),
+    "a helper's helper": (
+        "def node(s): return {'answer': helper(s)}\ndef helper(s): return late(s)",
+        "def late(s): return 'old'",
+    ),
+    "a closure": (
+        """
+        def make():
+            def node(s): return {"answer": late(s)}
+            yield node
+            def late(s): return "old"
+            yield
+        made = make()
+        node = next(made)
+        """,
+        "next(made)",
+    ),
+    "what never comes": (
+        "def node(s): return {'answer': late(s) if s.get('answer') else old(s)}",
+        "def old(s): return 1\ndef new(s): return 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "late"), LATE.values(), ids=LATE)
+def test_a_helper_that_the_module_defines_after_compiling_counts(
+    monkeypatch: pytest.MonkeyPatch, source: str, late: str
+) -> None:
+    """When the node is first called it is there; what is not there then, the node does not need."""
+    cache = MemoryCache()
+
+    def ran(word: str) -> int:
+        module = module_of(monkeypatch, source.replace("old", word))
+        builder = CachingStateGraph(Asked).add_node("n", module.node, cache_policy=CachePolicy())
+        compiled = builder.add_edge(START, "n").compile(cache=cache)
+        exec(late.replace("old", word), module.__dict__)
+        for _ in range(2):
+            compiled.invoke({"question": 1})
+        return compiled.perf.stats().nodes["n"].runs
+
+    assert [ran(word) for word in ("old", "old", "new")] == [1, 0, 1]
 
 
 STATES = {

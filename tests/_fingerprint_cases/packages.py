@@ -11,6 +11,8 @@ from pathlib import Path
 APP = {
     "app/__init__.py": "",
     "app/helpers.py": """
+        from contextlib import contextmanager
+
         LIMIT = 3
         TABLE = {"a": 1, "b": {"x", "y", "z"}}
 
@@ -22,6 +24,13 @@ APP = {
 
         def unused():
             return 0
+
+        class Size:
+            start = 7
+
+        @contextmanager
+        def gauge(size):
+            yield [size]
     """,
     "app/lazy.py": """
         from app.helpers import clean
@@ -65,6 +74,10 @@ APP = {
 
         def by_module(state):
             return app.helpers.shorten(state), h.LIMIT
+
+        def by_call(state):
+            with h.gauge(h.Size()) as size:
+                return size
 
         def abroad(state):
             return outside(state), other.outside(state)
