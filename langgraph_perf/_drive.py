@@ -282,16 +282,16 @@ def cancellations() -> int:
 def _running(step: Run, call: Call) -> Iterator[None]:
     """What surrounds a running body: inner calls know its flight and report what they depend on,
     and its lease is kept alive."""
-    flights = held_flights.set((*call.held, step.flight) if step.flight else call.held)
-    if step.lease is not None:
-        limit = math.inf
-        if call.background and call.freshness is not None:
-            # beyond its window nobody takes a stale result: others run the node themselves
-            limit = min(BACKGROUND_LEASE, call.freshness.while_revalidate)
-        _heartbeat.keep(call.backend.cache, step.lease, limit)
     if step.flight is not None:
         call.suspects.append(step.flight)
+    flights = held_flights.set((*call.held, step.flight) if step.flight else call.held)
     try:
+        if step.lease is not None:
+            limit = math.inf
+            if call.background and call.freshness is not None:
+                # beyond its window nobody takes a stale result: others run the node themselves
+                limit = min(BACKGROUND_LEASE, call.freshness.while_revalidate)
+            _heartbeat.keep(call.backend.cache, step.lease, limit)
         with gathering_in((*call.around, step.gathering)):
             yield
     finally:

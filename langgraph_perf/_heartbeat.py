@@ -33,10 +33,14 @@ class _Keeper:
         with self._changed:
             self._held[lease.token] = (lease, time.monotonic() + cache.lease_seconds / 3, ends)
             if self._thread is None:
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run, args=(cache,), name="langgraph-perf-leases", daemon=True
                 )
-                self._thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads, or the interpreter is shutting down
+                    return  # the next one to keep a lease tries again, for this one too
+                self._thread = thread
             else:
                 self._changed.notify()
 

@@ -101,6 +101,7 @@ class Bounded:
             TimeoutError: it is not done after so many seconds.
         """
         job = _Work(work, discard)
+        alone = False
         with self._changed:
             self._waiting.append(job)
             if self._idle >= len(self._waiting):
@@ -112,9 +113,12 @@ class Bounded:
                 try:
                     thread.start()
                     self._threads += 1
-                except RuntimeError:  # the interpreter is shutting down
-                    self._waiting.remove(job)
-                    return work()
+                except RuntimeError:  # no more threads, or the interpreter is shutting down
+                    alone = self._threads == 0
+                    if alone:
+                        self._waiting.remove(job)
+        if alone:
+            return work()
         try:
             in_time = job.done.wait(max(0.0, seconds))
         finally:

@@ -161,16 +161,22 @@ class Listener:
     def _start(self) -> None:
         with self._lock:
             if self._thread is None and not self._closed.is_set():
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run, name="langgraph-perf-redis", daemon=True
                 )
-                self._thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads, or the interpreter is shutting down
+                    return  # nothing is heard until the next use, which tries again
+                self._thread = thread
 
     def _ring(self) -> None:
         with suppress(OSError):  # full: it is awake anyway; closed: nothing to wake
             self._bell.send(b"\0")
 
     def _wanted(self) -> None:
+        if self._thread is None:
+            self._start()
         if self._resting:
             self._resting = False
             self._ring()
@@ -178,6 +184,9 @@ class Listener:
     # -- the thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        with self._lock:
+            if self._thread is not threading.current_thread():
+                return  # who started it was interrupted before that was noted
         pause = _FIRST_PAUSE
         try:
             while not self._closed.is_set():

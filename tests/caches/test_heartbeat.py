@@ -23,7 +23,9 @@ from langgraph_perf import (
     StateGraph,
     _heartbeat,
 )
+from langgraph_perf._flight import held_flights
 from langgraph_perf.caches.base import Cache, Lease
+from tests.conftest import Threads
 from tests.redis_server import Server, new_prefix
 from tests.test_single_flight import auntil, until
 
@@ -75,6 +77,45 @@ def test_a_renewal_that_failed_is_repeated() -> None:
     _heartbeat.keep(cache, lease)
     assert cache.renewed.wait(10)
     _heartbeat.drop(lease)
+
+
+def test_without_a_thread_leases_are_kept_by_the_next_one(threads: Threads) -> None:
+    """A machine that gives no thread loses renewals, not runs, and only for as long as it does."""
+    cache, first, second = Renewing(), some_lease("unkept"), some_lease("kept")
+    renewed: list[str] = []
+    renew_many = cache.renew_many
+
+    def noted(leases: Sequence[Lease]) -> Any:
+        renewed.extend(lease.token for lease in leases)
+        return renew_many(leases)
+
+    cache.renew_many = noted  # type: ignore[method-assign]
+    threads.allowed = False
+    _heartbeat.keep(cache, first)
+    threads.allowed = True
+    _heartbeat.keep(cache, second)
+    until(lambda: {"unkept", "kept"} <= set(renewed))
+    _heartbeat.drop(first)
+    _heartbeat.drop(second)
+
+
+def test_a_run_that_gets_no_thread_is_a_run(redis_server: Server, threads: Threads) -> None:
+    """Its lease is not renewed; nothing else is different, and nothing of it is left."""
+
+    def node(state: State) -> State:
+        return {"answer": state["query"]}
+
+    with RedisCache(redis_server.url, prefix=new_prefix()) as cache:
+        builder: Any = StateGraph(State)
+        builder.add_node("node", node, cache_policy=CachePolicy(version=1))
+        graph = builder.add_edge(START, "node").compile(cache=cache)
+        threads.allowed = False
+        tokens = set(_heartbeat._keeper_of)
+        for query in ("a", "b"):
+            assert graph.invoke({"query": query})["answer"] == query
+        assert not held_flights.get()
+        assert set(_heartbeat._keeper_of) == tokens
+        assert graph.perf.stats().failures == {}
 
 
 def renewals(cache: Cache) -> tuple[list[int], threading.Event]:
