@@ -1066,6 +1066,36 @@ def test_graphs_that_share_a_cache_refresh_a_key_once(clock: Clock) -> None:
         assert graphs[-1].invoke(ASK)["answer"] == 2
 
 
+def test_closing_while_a_run_in_the_background_is_being_started(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not begin any more: nothing outlives ``close``."""
+    node, start = Node(), threading.Thread.start
+    graph = build(node, MemoryCache(clock=clock))
+    graph.invoke(ASK)
+    clock.advance(11)
+    starting, closing = threading.Event(), threading.Event()
+
+    def slowly(thread: threading.Thread) -> None:
+        if thread.name == "langgraph-perf-refresh":
+            starting.set()
+            assert closing.wait(20)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        stale = pool.submit(graph.invoke, ASK)
+        assert starting.wait(20)
+        closed = pool.submit(graph.perf.close)
+        until(lambda: graph.perf.refreshes._closed)
+        assert not closed.done()
+        closing.set()
+        closed.result(20)
+        assert stale.result(20)["answer"] == 1
+    assert node.runs == 1
+    assert idle(graph)
+
+
 def test_a_run_in_the_background_holds_no_lease_beyond_its_window(
     clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
