@@ -134,13 +134,13 @@ class Refreshes:
 
     def close(self) -> None:
         """Cancel what runs in tasks, and wait for what runs in threads."""
-        for run in self._close():
+        for run in self.stop():
             if isinstance(run, _InThread) and run.thread != threading.get_ident():
                 run.over.wait()
 
     async def aclose(self) -> None:
         """Like ``close``, without blocking the event loop; waits for its own tasks too."""
-        running = self._close()
+        running = self.stop()
         loop = asyncio.get_running_loop()
         tasks = [
             run
@@ -151,9 +151,11 @@ class Refreshes:
         ]
         if tasks:
             await asyncio.wait(tasks)
-        await asyncio.to_thread(self.close)
+        if any(isinstance(run, _InThread) for run in running):
+            await asyncio.to_thread(self.close)
 
-    def _close(self) -> list[Running]:
+    def stop(self) -> list[Running]:
+        """Begin nothing more and cancel what runs in tasks; what is left to be waited for."""
         if self._pid != os.getpid():
             return []
         with _lock:
