@@ -34,6 +34,7 @@ from langgraph_perf import (
     TieredCache,
 )
 from langgraph_perf._backend import Backend
+from langgraph_perf.caches import _redis_lines
 from langgraph_perf.caches._redis_connect import Source
 from langgraph_perf.caches._redis_lines import Line, _Job
 from langgraph_perf.caches._redis_listener import Buffer, Report
@@ -373,7 +374,7 @@ def test_scripts_survive_a_server_that_forgot_them(cache: RedisCache, redis_serv
 
 
 def test_a_follower_that_leaves_is_not_waited_for(
-    redis_server: Server, prefix: str, proxy: Proxy
+    redis_server: Server, prefix: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who gives up waiting, or is interrupted, while others use the line passes his turn on."""
     with RedisCache(proxy.url, prefix=prefix, timeout=5.0) as cache, ThreadPoolExecutor(3) as pool:
@@ -382,28 +383,83 @@ def test_a_follower_that_leaves_is_not_waited_for(
         line = cache._line
         assert isinstance(line, Line)
         leader = pool.submit(cache.read, [Lookup(KEY)])
-        while not line._busy:
+        while not line._leader:
             time.sleep(0.001)
         cache.timeout = 0.05
         with pytest.raises(TimeoutError):
             cache.read([Lookup(KEY)])
         cache.timeout = 10.0
 
-        class Interrupted(threading.Event):
-            def wait(self, timeout: float | None = None) -> bool:
-                super().wait(timeout)
-                raise KeyboardInterrupt
+        def interrupted(job: _Job) -> None:
+            raise KeyboardInterrupt
 
-        job = _Job([("PING",)], time.monotonic() + 10)
-        job.woken = Interrupted()
-        with line._lock:
-            line._queue.append(job)
-        with pytest.raises(KeyboardInterrupt):
-            line._follow(job, job.woken)
+        with monkeypatch.context() as patch:
+            patch.setattr(line, "_follow", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                cache.read([Lookup(KEY)])
         assert leader.result(10) == [None]
         proxy.delay = 0.0
         assert pool.submit(cache.read, [Lookup(KEY)]).result(10) == [None]
-        assert not line._busy
+        assert not line._leader
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_no_interruption_stops_a_line(redis_server: Server, prefix: str, connected: bool) -> None:
+    """At whatever call a signal's handler raises, the next operation is carried out at once."""
+
+    def interrupted(at: int) -> bool:
+        calls = 0
+
+        def handler(frame: Any, event: str, _: Any) -> None:
+            nonlocal calls
+            # where the interpreter looks for signals: on entering a function, after a C function
+            if event in ("call", "c_return") and frame.f_code.co_filename == _redis_lines.__file__:
+                calls += 1
+                if calls > at:
+                    sys.setprofile(None)
+                    raise KeyboardInterrupt
+
+        sys.setprofile(handler)
+        try:
+            cache.read([Lookup(KEY)])
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.setprofile(None)
+        return False
+
+    with RedisCache(redis_server.url, prefix=prefix, timeout=5.0, connect_timeout=5.0) as cache:
+        line = cache._line
+        assert isinstance(line, Line)
+        at = 0
+        while True:
+            assert cache.read([Lookup(KEY)]) == [None]
+            if not connected:
+                line._drop()
+            if not interrupted(at):
+                break
+            started = time.monotonic()
+            assert cache.read([Lookup(KEY)]) == [None]
+            assert time.monotonic() - started < 2.0
+            assert not line._leader
+            assert not line._queue
+            at += 1
+        assert at > 20
+
+
+def test_a_leader_that_could_not_tell_is_found_out(redis_server: Server, prefix: str) -> None:
+    """What he had begun may have been carried out, so it is not begun again."""
+    with RedisCache(redis_server.url, prefix=prefix) as cache:
+        line = cache._line
+        assert isinstance(line, Line)
+        lost = _Job([("SET", f"{prefix}:lost", "1")], time.monotonic() + 10)
+        lost.begun = True
+        line._queue.append(lost)
+        assert cache.read([Lookup(KEY)]) == [None]
+        assert isinstance(lost.error, ConnectionError)
+        assert not line._queue
+        with redis_server.client() as client:
+            assert not client.exists(f"{prefix}:lost")
 
 
 def test_a_connection_that_was_closed_meanwhile_is_made_anew(
@@ -469,7 +525,7 @@ def test_closing_in_the_middle(redis_server: Server, prefix: str, proxy: Proxy, 
     assert isinstance(line, Line)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(cache.read, [Lookup(KEY)])
-        while not line._busy:
+        while not line._leader:
             time.sleep(0.001)
         cache.close()
         check(line, reading.exception(10))
