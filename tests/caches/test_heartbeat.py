@@ -99,6 +99,62 @@ def test_without_a_thread_leases_are_kept_by_the_next_one(threads: Threads) -> N
     _heartbeat.drop(second)
 
 
+def test_leases_are_dropped_wherever_the_garbage_collector_runs() -> None:
+    """It may end a run in a thread that is just having a lease kept, or is about to."""
+    cache = Renewing()
+    leases = [some_lease(f"collected {i}") for i in range(3)]
+    kept = some_lease("kept")
+    for lease in leases[:2]:
+        _heartbeat.keep(cache, lease)
+    keeper = _heartbeat._keepers[cache]
+
+    class Collected:
+        def __init__(self, lease: Lease) -> None:
+            self.lease = lease
+
+        def __del__(self) -> None:
+            _heartbeat.drop(self.lease)
+
+    def work() -> None:
+        circle: Any = Collected(leases[0])
+        with _heartbeat._lock:
+            del circle
+        circle = Collected(leases[1])
+        with keeper._starting:
+            del circle
+        _heartbeat.keep(cache, kept)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    until(lambda: set(keeper._held) == {"kept"})
+    _heartbeat.drop(kept)
+    until(lambda: not keeper._held)
+    until(lambda: keeper._thread is None)
+
+
+def test_what_is_kept_while_the_thread_ends_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread looks once more after it has said that it ends."""
+    cache, first, second = Renewing(), some_lease("before the end"), some_lease("at the end")
+    _heartbeat.keep(cache, first)
+    keeper = _heartbeat._keepers[cache]
+    hear = keeper._hear
+
+    def late(seconds: float) -> bool:
+        heard = hear(seconds)
+        if not heard and not keeper._held and second.token not in _heartbeat._keeper_of:
+            _heartbeat.keep(cache, second)
+        return heard
+
+    monkeypatch.setattr(keeper, "_hear", late)
+    _heartbeat.drop(first)
+    until(lambda: "at the end" in keeper._held)
+    cache.renewed.clear()
+    assert cache.renewed.wait(20)
+    _heartbeat.drop(second)
+
+
 def test_a_run_that_gets_no_thread_is_a_run(redis_server: Server, threads: Threads) -> None:
     """Its lease is not renewed; nothing else is different, and nothing of it is left."""
 
