@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import selectors
 import socket
 import threading
@@ -335,7 +336,7 @@ class Listener:
             if not data:
                 raise ConnectionError("closed by the server")
             for message in buffer.feed(data):
-                if isinstance(message, _Refused):
+                if isinstance(message, ErrorReply):
                     raise message
                 if isinstance(message, Report):
                     self._reported(message)
@@ -371,8 +372,20 @@ def _nothing(_: Any) -> None:
     pass
 
 
-class _Refused(Exception):
+class ErrorReply(Exception):
     """The server answered with an error."""
+
+
+class _Refused(ErrorReply):
+    """One that will be the same the next time, unlike BUSY, LOADING, MASTERDOWN, ...."""
+
+
+# Redis has no code for what it does not know; a server may call TRACKING a subcommand or not
+_REFUSAL = re.compile("NOPERM |NOPROTO |ERR (unknown|syntax error|wrong number of arg)", re.I)
+
+
+def _error(text: str) -> ErrorReply:
+    return (_Refused if _REFUSAL.match(text) else ErrorReply)(text)
 
 
 class Report(list[Any]):
@@ -410,7 +423,7 @@ class Buffer:
             if len(self._bytes) < at + size + 2:
                 raise _Incomplete
             text = self._bytes[at : at + size]
-            return (_Refused(text.decode()) if kind == b"!" else text), at + size + 2
+            return (_error(text.decode()) if kind == b"!" else text), at + size + 2
         if kind in (b"*", b">", b"~", b"%"):
             items: list[Any] = Report() if kind == b">" else []
             for _ in range(int(line) * (2 if kind == b"%" else 1)):
@@ -418,7 +431,7 @@ class Buffer:
                 items.append(item)
             return items, at
         if kind == b"-":
-            return _Refused(line.decode()), at
+            return _error(line.decode()), at
         return (None if kind == b"_" else line), at
 
 

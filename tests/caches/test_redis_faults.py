@@ -7,10 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from typing import Any
 
 import pytest
+import redis
 from langgraph.graph import START
 from typing_extensions import TypedDict
 
@@ -369,6 +371,52 @@ def test_runs_need_no_thread(redis_server: Server, threads: Threads, mode: str) 
 
     until(asks_nothing)
     cache.close()
+
+
+def test_a_busy_server_is_listened_to_again(own_server: Server) -> None:
+    """While a script runs for long the server answers everything with an error, the listener too:
+    that is no refusal."""
+    with own_server.client() as admin, ThreadPoolExecutor(1) as pool:
+        admin.config_set("busy-reply-threshold", 1)
+        last = RedisCache(own_server.url, timeout=5.0)
+        cache = TieredCache(MemoryCache(), last)
+        key = (("n",), "k")
+        cache.set({key: (1, 60)})
+
+        def asks_nothing() -> bool:
+            before = last.round_trips
+            assert cache.get([key]) == {key: 1}
+            return last.round_trips == before
+
+        until(asks_nothing)
+        listener = last._listener
+        assert listener is not None
+        heard: list[str] = []
+
+        def listen(listen: Callable[[], None] = listener._listen) -> None:
+            try:
+                listen()
+            except Exception as exc:
+                heard.append(str(exc))
+                raise
+
+        listener._listen = listen  # type: ignore[method-assign]
+        # the connection it has does not go through that yet
+        admin.client_kill_filter(_type="pubsub")
+        until(asks_nothing)
+        script = pool.submit(admin.eval, "while true do end", 0)
+
+        def is_busy() -> bool:
+            with suppress(redis.RedisError, TimeoutError):
+                cache.get([key])
+            return any(error.startswith("BUSY") for error in heard)
+
+        until(is_busy)
+        with own_server.client() as other:
+            other.script_kill()
+        assert isinstance(script.exception(20), redis.ResponseError)
+        until(asks_nothing)
+        cache.close()
 
 
 def test_closing_needs_no_thread(redis_server: Server, threads: Threads) -> None:
