@@ -188,14 +188,17 @@ class Listener:
         with self._lock:
             if self._thread is not threading.current_thread():
                 return  # who started it was interrupted before that was noted
-        pause = _FIRST_PAUSE
+        pause, refused = _FIRST_PAUSE, False
         try:
             while not self._closed.is_set():
                 started = time.monotonic()
                 try:
                     self._listen()
                 except _Refused as exc:
-                    logger.warning(
+                    # once: it is the same every minute, for as long as the process lives
+                    level, refused = (logging.DEBUG if refused else logging.WARNING), True
+                    logger.log(
+                        level,
                         "Redis tells nothing unasked (%s): tiers in front of it ask for every hit, "
                         "and results of other processes are polled for",
                         exc,
