@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 from redis import exceptions
 
+from langgraph_perf._locks import new_lock
+
 T = TypeVar("T")
 
 _AT_ONCE = 64
@@ -61,7 +63,7 @@ class Trips:
     """Counts batches, whatever becomes of the lines that sent them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()  # it outlives the lines, also in a forked child
         self.count = 0
 
     def add(self) -> None:
