@@ -298,12 +298,15 @@ def _forgotten(tag: str, entry: Entry, current: Mapping[str, str] | None) -> boo
     return any(mine == tag and current.get(tag) != token for mine, token in entry.deps)
 
 
+_Waiting = tuple[Lookup, "asyncio.Future[Entry | None]"]
+
+
 class _Batcher:
     """Natural batching on one event loop: what arrives during a read goes out with the next."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = weakref.proxy(backend)
-        self._waiting: list[tuple[Lookup, asyncio.Future[Entry | None]]] = []
+        self._waiting: list[_Waiting] = []
         self._task: asyncio.Task[None] | None = None
 
     async def read(self, lookup: Lookup) -> Entry | None:
@@ -314,14 +317,23 @@ class _Batcher:
         return await answer
 
     async def _drain(self) -> None:
-        while self._waiting:
-            batch = self._waiting[:MOST_AT_ONCE]
-            del self._waiting[:MOST_AT_ONCE]
-            entries: list[Entry | None] = [None] * len(batch)
-            try:
+        batch: list[_Waiting] = []
+        try:
+            while self._waiting:
+                batch = self._waiting[:MOST_AT_ONCE]
+                del self._waiting[:MOST_AT_ONCE]
                 entries = await self._backend.aread_many([lookup for lookup, _ in batch])
-            finally:
-                for (_, answer), entry in zip(batch, entries, strict=True):
-                    if not answer.done():
-                        answer.set_result(entry)
-        self._task = None  # it knows its loop, and the loop is what this batcher is kept by
+                _answer(batch, entries)
+        except BaseException:
+            # nobody is left to answer those who came meanwhile either
+            batch, self._waiting = batch + self._waiting, []
+            _answer(batch, [None] * len(batch))
+            raise
+        finally:
+            self._task = None  # it knows its loop, and the loop is what this batcher is kept by
+
+
+def _answer(batch: Sequence[_Waiting], entries: Sequence[Entry | None]) -> None:
+    for (_, answer), entry in zip(batch, entries, strict=True):
+        if not answer.done():
+            answer.set_result(entry)

@@ -286,15 +286,15 @@ def running(runs: Sequence[Run], call: Call) -> Iterator[None]:
     and its leases are kept alive. ``call`` is one of those that it answers."""
     own = [run.flight for run in runs if run.flight is not None]
     leases = [run.lease for run in runs if run.lease is not None]
-    flights = held_flights.set((*call.held, *own))
-    limit = math.inf
-    if call.background and call.freshness is not None:
-        # beyond its window nobody takes a stale result: others run the node themselves
-        limit = min(BACKGROUND_LEASE, call.freshness.while_revalidate)
-    for lease in leases:
-        _heartbeat.keep(call.backend.cache, lease, limit)
     call.suspects.extend(own)
+    flights = held_flights.set((*call.held, *own))
     try:
+        limit = math.inf
+        if call.background and call.freshness is not None:
+            # beyond its window nobody takes a stale result: others run the node themselves
+            limit = min(BACKGROUND_LEASE, call.freshness.while_revalidate)
+        for lease in leases:
+            _heartbeat.keep(call.backend.cache, lease, limit)
         with gathering_in((*call.around, *[run.gathering for run in runs])):
             yield
     finally:

@@ -20,6 +20,24 @@ _lock = new_lock()
 """One for all: graphs that share a cache see what the others have running."""
 
 
+class _InThread:
+    """A run in a thread.
+
+    Attributes:
+        thread: what runs it, as soon as that is known there.
+        over: set when it has ended, or will never begin. A thread can only be joined once it has
+            begun, and it may be closed before.
+    """
+
+    def __init__(self) -> None:
+        self.thread: int | None = None
+        self.over = threading.Event()
+
+
+Running = _InThread | asyncio.Task[None] | None
+"""``None``: a task that is being made."""
+
+
 class Refreshes:
     """The runs in the background that one graph's calls have started: one for each key of a cache,
     also if several graphs use it.
@@ -29,7 +47,7 @@ class Refreshes:
     """
 
     def __init__(self) -> None:
-        self._running: dict[Hashable, threading.Thread | asyncio.Task[None] | None] = {}
+        self._running: dict[Hashable, Running] = {}
         self._closed = False
         self._pid = os.getpid()
 
@@ -41,20 +59,27 @@ class Refreshes:
             among: who refreshes which key of the same cache.
         """
         context = contextvars.copy_context()
+        running = _InThread()
+
+        def ended() -> None:
+            self._done(key, among)
+            running.over.set()
 
         def work() -> None:
+            running.thread = threading.get_ident()
             try:
-                context.run(run)
+                if not self._closed:
+                    context.run(run)
             finally:
-                self._done(key, among)
+                ended()
 
         thread = threading.Thread(target=work, name="langgraph-perf-refresh", daemon=True)
-        if not self._admits(key, thread, among):
+        if not self._admits(key, running, among):
             return
         try:
             thread.start()
         except RuntimeError:  # no more threads, or the interpreter is shutting down
-            self._done(key, among)
+            ended()
 
     def start_task(
         self, key: Hashable, run: Callable[[], Coroutine[Any, Any, None]], among: Among
@@ -76,7 +101,7 @@ class Refreshes:
             if self._closed:
                 task.cancel()
 
-    def _admits(self, key: Hashable, run: threading.Thread | None, among: Among) -> bool:
+    def _admits(self, key: Hashable, run: _InThread | None, among: Among) -> bool:
         """Whether ``key`` may be refreshed now; then it is noted that it is."""
         with _lock:
             if self._pid != os.getpid():  # the threads and loops stayed with the parent
@@ -85,7 +110,7 @@ class Refreshes:
             for known, running in list(self._running.items()):
                 if not _goes_on(running):
                     del self._running[known]
-            threads = sum(isinstance(r, threading.Thread) for r in self._running.values())
+            threads = sum(isinstance(r, _InThread) for r in self._running.values())
             full = (
                 threads >= MOST_THREADS
                 if run is not None
@@ -109,13 +134,13 @@ class Refreshes:
 
     def close(self) -> None:
         """Cancel what runs in tasks, and wait for what runs in threads."""
-        for run in self._close():
-            if isinstance(run, threading.Thread) and run is not threading.current_thread():
-                run.join()
+        for run in self.stop():
+            if isinstance(run, _InThread) and run.thread != threading.get_ident():
+                run.over.wait()
 
     async def aclose(self) -> None:
         """Like ``close``, without blocking the event loop; waits for its own tasks too."""
-        running = self._close()
+        running = self.stop()
         loop = asyncio.get_running_loop()
         tasks = [
             run
@@ -126,9 +151,11 @@ class Refreshes:
         ]
         if tasks:
             await asyncio.wait(tasks)
-        await asyncio.to_thread(self.close)
+        if any(isinstance(run, _InThread) for run in running):
+            await asyncio.to_thread(self.close)
 
-    def _close(self) -> list[threading.Thread | asyncio.Task[None] | None]:
+    def stop(self) -> list[Running]:
+        """Begin nothing more and cancel what runs in tasks; what is left to be waited for."""
         if self._pid != os.getpid():
             return []
         with _lock:
@@ -147,6 +174,6 @@ Among = MutableMapping[Hashable, Refreshes]
 """Who refreshes which key of a cache."""
 
 
-def _goes_on(run: threading.Thread | asyncio.Task[None] | None) -> bool:
+def _goes_on(run: Running) -> bool:
     # a loop that has stopped may never go on
     return not isinstance(run, asyncio.Task) or run.get_loop().is_running()

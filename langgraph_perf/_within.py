@@ -17,6 +17,7 @@ async def within(seconds: float, work: Awaitable[T]) -> T:
 
     Raises:
         asyncio.TimeoutError: it took longer.
+        ConnectionError: it was cancelled, which whoever waits was not.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -28,4 +29,8 @@ async def within(seconds: float, work: Awaitable[T]) -> T:
     except BaseException:
         task.cancel()
         raise
+    if task.cancelled():
+        # by what it works with, an executor or a connection that was shut down: to go on as
+        # cancelled would end a run that nobody cancelled
+        raise ConnectionError("cancelled by what it works with")
     return task.result()

@@ -180,16 +180,23 @@ class Perf:
 
         The cache, which other graphs may share, is its maker's to close.
         """
-        # first: who waits for a resource in the background is told
-        if self.registry is not None:
-            self.registry.close()
-        self.refreshes.close()
+        self.refreshes.stop()
+        try:
+            # first: who waits for a resource in the background is told
+            if self.registry is not None:
+                self.registry.close()
+        finally:
+            self.refreshes.close()
 
     async def aclose(self) -> None:
         """Like ``close``, without blocking the event loop."""
-        if self.registry is not None:
-            await self.registry.aclose()
-        await self.refreshes.aclose()
+        # before anything that may be cancelled or fail
+        self.refreshes.stop()
+        try:
+            if self.registry is not None:
+                await self.registry.aclose()
+        finally:
+            await self.refreshes.aclose()
 
     def _graphs(self) -> Iterator[tuple[str, CompiledGraph[Any, Any, Any, Any]]]:
         return _graphs(self._graph, lambda inner: True)

@@ -51,6 +51,31 @@ def clock() -> Clock:
     return Clock()
 
 
+class Threads:
+    """Whether threads of this library can be started.
+
+    Attributes:
+        allowed: so they can.
+    """
+
+    def __init__(self) -> None:
+        self.allowed = True
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Threads:
+    """A machine that may be at its limit of processes."""
+    made, start = Threads(), threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if not made.allowed and thread.name.startswith("langgraph-perf"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    return made
+
+
 class IdleClock:
     """The clock of LangGraph's ``idle_timeout``, and how often a node reported progress to it."""
 

@@ -476,6 +476,46 @@ async def test_a_cancellation_counts_in_the_tick_of_the_answer() -> None:
         await task
 
 
+@pytest.mark.parametrize("name", ["aread", "awrite", "atag_tokens", "aacquire", "arelease"])
+async def test_what_a_backend_cancels_itself_is_a_failure(tmp_path: Path, name: str) -> None:
+    """An executor or a connection that was shut down cancels what waits for it, but not a run."""
+
+    async def cancelled(self: Any, *args: Any) -> Any:
+        raise asyncio.CancelledError
+
+    kind: Any = type("Kind", (DiskCache,), {name: cancelled})
+    with kind(tmp_path / "cache") as cache:
+        graph = build(cache, about, tags=["docs"])
+        for query in ("a", "a", "b"):
+            answer = await asyncio.wait_for(graph.ainvoke({"query": query}), 20)
+            assert answer["answer"] == f"about {query}"
+        kinds = set(graph.perf.stats().failures)
+        # a lease goes back with what is written
+        assert name == "arelease" or any("ConnectionError" in kind for kind in kinds)
+
+
+async def test_who_waits_for_a_read_that_ends_is_answered(tmp_path: Path) -> None:
+    """Lookups that came while a batch was under way do not wait for ever when that is cancelled."""
+    entered = asyncio.Event()
+
+    class Slow(DiskCache):
+        async def aread(self, lookups: Any) -> Any:
+            entered.set()
+            await asyncio.Event().wait()
+
+    with Slow(tmp_path / "cache") as cache:
+        backend = Backend.of(cache)
+        first = asyncio.create_task(backend.aread(Lookup((("n",), "first"))))
+        await entered.wait()
+        second = asyncio.create_task(backend.aread(Lookup((("n",), "second"))))
+        (batcher,) = backend._batchers.values()
+        while not batcher._waiting:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0)
+        assert batcher._task is not None
+        batcher._task.cancel()
+        assert await asyncio.wait_for(asyncio.gather(first, second), 20) == [None, None]
+
+
 async def test_a_lease_that_nobody_waits_for_any_more_is_given_back() -> None:
     """It is granted after its caller was cancelled."""
     entered, go_on, released = asyncio.Event(), asyncio.Event(), asyncio.Event()

@@ -1066,6 +1066,81 @@ def test_graphs_that_share_a_cache_refresh_a_key_once(clock: Clock) -> None:
         assert graphs[-1].invoke(ASK)["answer"] == 2
 
 
+@pytest.mark.parametrize("how", ["cancelled", "failing", "blocking"])
+async def test_closing_ends_the_background_whatever_becomes_of_resources(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Runs in the background end also if closing the resources is interrupted, or fails."""
+    node = Node()
+    graph = build(node.awaited, MemoryCache(clock=clock), resources={"db": Shared(object)})
+    await graph.ainvoke(ASK)
+    clock.advance(11)
+    node.gate.clear()
+    await graph.ainvoke(ASK)
+    await auntil(lambda: node.runs == 2)
+    (run,) = graph.perf.refreshes._running.values()
+    begun = asyncio.Event()
+
+    async def aclose() -> None:
+        begun.set()
+        if how == "failing":
+            raise OSError("close")
+        await asyncio.Event().wait()
+
+    def close() -> None:
+        raise OSError("close")
+
+    monkeypatch.setattr(graph.perf.registry, "aclose", aclose)
+    monkeypatch.setattr(graph.perf.registry, "close", close)
+    if how == "blocking":
+        with pytest.raises(OSError, match="close"):
+            graph.perf.close()
+    else:
+        closing = asyncio.create_task(graph.perf.aclose())
+        await begun.wait()
+        # before the rest, which may take its time
+        await asyncio.wait([run], timeout=20)
+        assert run.cancelled()
+        closing.cancel() if how == "cancelled" else None
+        with pytest.raises((OSError, asyncio.CancelledError)):
+            await closing
+    await asyncio.wait([run], timeout=20)
+    assert run.cancelled()
+    assert idle(graph)
+    await graph.ainvoke(ASK)
+    assert idle(graph)
+
+
+def test_closing_while_a_run_in_the_background_is_being_started(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not begin any more: nothing outlives ``close``."""
+    node, start = Node(), threading.Thread.start
+    graph = build(node, MemoryCache(clock=clock))
+    graph.invoke(ASK)
+    clock.advance(11)
+    starting, closing = threading.Event(), threading.Event()
+
+    def slowly(thread: threading.Thread) -> None:
+        if thread.name == "langgraph-perf-refresh":
+            starting.set()
+            assert closing.wait(20)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        stale = pool.submit(graph.invoke, ASK)
+        assert starting.wait(20)
+        closed = pool.submit(graph.perf.close)
+        until(lambda: graph.perf.refreshes._closed)
+        assert not closed.done()
+        closing.set()
+        closed.result(20)
+        assert stale.result(20)["answer"] == 1
+    assert node.runs == 1
+    assert idle(graph)
+
+
 def test_a_run_in_the_background_holds_no_lease_beyond_its_window(
     clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

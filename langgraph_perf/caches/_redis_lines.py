@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import queue
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from hashlib import sha1
 from typing import Any, TypeVar
 
 from redis import exceptions
+
+from langgraph_perf._locks import new_lock
 
 T = TypeVar("T")
 
@@ -59,7 +63,7 @@ class Trips:
     """Counts batches, whatever becomes of the lines that sent them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()  # it outlives the lines, also in a forked child
         self.count = 0
 
     def add(self) -> None:
@@ -68,16 +72,30 @@ class Trips:
             self.count += 1
 
 
-class _Work:
-    __slots__ = ("discard", "done", "error", "given_up", "lock", "run", "value")
+_LOOK = 0.05
+"""Seconds after which who waits looks whether anybody is at work: who should have seen to that may
+have been interrupted."""
 
-    def __init__(self, run: Callable[[], Any], discard: Callable[[], object] | None) -> None:
+
+class _Work:
+    __slots__ = ("begun", "bell", "discard", "done", "error", "given_up", "lock", "run", "value")
+
+    def __init__(self, run: Callable[[], Any], discard: Callable[[], object]) -> None:
         self.run, self.discard = run, discard
         self.lock = threading.Lock()
-        self.done = threading.Event()
-        self.given_up = False
+        self.bell = threading.Lock()
+        self.bell.acquire()
+        self.begun = self.done = self.given_up = False
         self.value: Any = None
         self.error: BaseException | None = None
+
+    def give_up(self) -> bool:
+        """Whether it had not begun."""
+        with self.lock:
+            self.given_up = not self.done
+            if self.given_up and not self.begun:
+                self.run = self.discard = _nothing  # it stays in the queue
+            return not self.begun
 
 
 class Bounded:
@@ -86,72 +104,95 @@ class Bounded:
     What hangs keeps its thread; when all hang, nothing else is begun until one comes back.
     """
 
+    # No events and no conditions: an exception of a signal's handler, raised inside one, can leave
+    # its lock locked for ever.
+
     def __init__(self, most: int) -> None:
         self._most = most
-        self._changed = threading.Condition()
-        self._waiting: list[_Work] = []
+        self._jobs: queue.SimpleQueue[_Work] = queue.SimpleQueue()
+        self._lock = threading.RLock()
         self._threads = self._idle = 0
 
     def run(
-        self, work: Callable[[], T], seconds: float, discard: Callable[[], object] | None = None
+        self,
+        work: Callable[[], T],
+        seconds: float,
+        discard: Callable[[], object] | None = None,
     ) -> T:
         """What ``work`` returns; when that comes too late, ``discard`` is called instead.
 
         Raises:
             TimeoutError: it is not done after so many seconds.
         """
-        job = _Work(work, discard)
-        with self._changed:
-            self._waiting.append(job)
-            if self._idle >= len(self._waiting):
-                self._changed.notify()
-            elif self._threads < self._most:
-                thread = threading.Thread(
-                    target=self._serve, name="langgraph-perf-deadline", daemon=True
-                )
-                try:
-                    thread.start()
-                    self._threads += 1
-                except RuntimeError:  # the interpreter is shutting down
-                    self._waiting.remove(job)
-                    return work()
+        job = _Work(work, discard or _nothing)
+        ends = time.monotonic() + seconds
         try:
-            in_time = job.done.wait(max(0.0, seconds))
+            self._jobs.put(job)
+            while not job.done:
+                if not job.begun and not self._is_served() and job.give_up():
+                    return work()
+                left = ends - time.monotonic()
+                if left <= 0:
+                    break
+                job.bell.acquire(timeout=min(left, _LOOK))
         finally:
-            with job.lock:
-                job.given_up = not job.done.is_set()
-            with self._changed:
-                if job in self._waiting:
-                    self._waiting.remove(job)
-        if not in_time and job.given_up:
+            job.give_up()
+        if job.given_up:
             raise TimeoutError(f"no answer from Redis within {seconds:.3g} seconds")
         if job.error is not None:
             raise job.error
         value: T = job.value
         return value
 
+    def _is_served(self) -> bool:
+        """Whether a thread will look into the queue; one more is started if it can be of use."""
+        with self._lock:
+            if self._idle < self._jobs.qsize() and self._threads < self._most:
+                thread = threading.Thread(
+                    target=self._serve, name="langgraph-perf-deadline", daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads, or the interpreter is shutting down
+                    return self._threads > 0
+                self._threads += 1
+        return True
+
     def _serve(self) -> None:
         while True:
-            with self._changed:
-                if not self._waiting:
-                    self._idle += 1
-                    self._changed.wait(1.0)
-                    self._idle -= 1
-                if not self._waiting:
-                    self._threads -= 1
-                    return
-                job = self._waiting.pop(0)
+            with self._lock:
+                self._idle += 1
             try:
-                job.value = job.run()
-            except BaseException as exc:
-                job.error = exc
+                job = self._jobs.get(timeout=1.0)
+            except queue.Empty:
+                with self._lock:
+                    self._idle -= 1
+                    if self._jobs.empty():
+                        # one that was interrupted when it had started this thread did not count it
+                        self._threads = max(0, self._threads - 1)
+                        return
+                continue
+            with self._lock:
+                self._idle -= 1
             with job.lock:
-                job.done.set()
-                late = job.given_up
-            if late and job.discard is not None:
-                with suppress(Exception):
-                    job.discard()
+                job.begun = not job.given_up
+            if job.begun:
+                try:
+                    job.value = job.run()
+                except BaseException as exc:
+                    job.error = exc
+                with job.lock:
+                    job.done = True
+                    late = job.given_up
+                job.bell.release()
+                if late:
+                    with suppress(Exception):
+                        job.discard()
+                    job.error = None  # its frames hold the connection, in a circle
             del job
+
+
+def _nothing() -> None: ...
 
 
 class _Timed:
@@ -195,23 +236,35 @@ def _timed(connection: Any) -> _Timed:
 
 
 class _Job:
-    __slots__ = ("commands", "ends", "error", "leads", "replies", "woken")
+    __slots__ = ("begun", "bell", "commands", "ends", "error", "replies")
 
     def __init__(self, commands: Commands, ends: float) -> None:
         self.commands = commands
         self.ends = ends
+        self.begun = False
         self.replies: list[Any] | None = None
         self.error: BaseException | None = None
-        self.woken: threading.Event | None = None
-        self.leads = False
+        self.bell: threading.Lock | None = None
 
     @property
     def done(self) -> bool:
         return self.replies is not None or self.error is not None
 
+    def wake(self) -> None:
+        """Let it look again, if it sleeps."""
+        if self.bell is not None:
+            with suppress(RuntimeError):  # it is awake already
+                self.bell.release()
+
 
 class Line:
     """A connection that threads share.
+
+    One of them leads, and carries out what all that wait want. A signal's handler may raise
+    wherever a call returns (Ctrl-C in a notebook, a task queue's time limit), and the garbage
+    collector may come back here from almost anywhere. So there is no lock to be left locked: who
+    leads is one entry of a dictionary, made in one step and given up without a call, and what is
+    left undone by somebody who was interrupted the next one to lead finds in the queue.
 
     Attributes:
         connected: when its connection was made (``time.monotonic``).
@@ -228,10 +281,13 @@ class Line:
         self.timeout = timeout
         self.connect_timeout = connect_timeout
         self._trips = trips or Trips()
-        self._lock = threading.Lock()
-        self._queue: list[_Job] = []
-        self._busy = False
+        self._queue: deque[_Job] = deque()
+        """What is not over, in the order in which it came, also what is being carried out."""
+        self._leader: dict[None, _Job] = {}
+        """Whose turn it is, if anybody's; only who finds himself there uses the connection."""
         self._connection: Any = None
+        self._in_step = False
+        """Whether everything that was sent over the connection has been answered."""
         self._timed: Any = None
         self._closed = False
         self._connecting = Bounded(2)
@@ -247,71 +303,86 @@ class Line:
             ConnectionError: the line is closed.
         """
         job = _Job(commands, time.monotonic() + self.timeout if ends is None else ends)
-        with self._lock:
-            if self._busy:
-                job.woken = threading.Event()
-                self._queue.append(job)
-            self._busy = True
-        if job.woken is not None:
-            self._follow(job, job.woken)
-        if not job.done:
-            self._lead(job)
+        try:
+            self._queue.append(job)
+            if self._leader.setdefault(None, job) is job:
+                self._lead()
+            if not job.done:
+                self._follow(job)
+        finally:
+            # no call before the lead is given up: a signal's exception comes with one
+            try:
+                led = self._leader[None] is job
+            except KeyError:
+                led = False
+            if led:
+                del self._leader[None]
+            self._leave(job, led)
         if job.error is not None:
             raise job.error
         assert job.replies is not None
         return job.replies
 
-    def _follow(self, job: _Job, woken: threading.Event) -> None:
+    def _follow(self, job: _Job) -> None:
         """Wait until the job is done or it is its turn to lead."""
         patience = job.ends - time.monotonic()
         if self._connection is None:
             patience += self.connect_timeout
-        try:
-            if not woken.wait(max(0.0, patience)):
-                with self._lock:
-                    if not job.done and not job.leads:
-                        raise TimeoutError(f"no answer from Redis within {patience:.3g} seconds")
-        except BaseException:
-            with self._lock:
-                if job in self._queue:
-                    self._queue.remove(job)
-                next_one = self._next() if job.leads else None
-            if next_one is not None:
-                next_one.set()
-            raise
+        gives_up = time.monotonic() + patience
+        job.bell = bell = threading.Lock()
+        bell.acquire()
+        # who looked for somebody to wake before there was a bell is not waited for
+        while not job.done:
+            left = gives_up - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no answer from Redis within {patience:.3g} seconds")
+            if self._leader.setdefault(None, job) is job:
+                self._lead()
+                return
+            bell.acquire(timeout=min(left, _LOOK))
 
-    def _next(self) -> threading.Event | None:
-        """Under the lock: name the next leader, whose event is then to be set."""
-        if not self._queue:
-            self._busy = False
-            return None
-        following = self._queue.pop(0)
-        following.leads = True
-        return following.woken
+    def _leave(self, job: _Job, led: bool) -> None:
+        """The job is over: see that somebody leads those who are left. Whatever is not done here,
+        because it was interrupted, they do themselves a moment later."""
+        with suppress(ValueError):
+            self._queue.remove(job)
+        if led and self._closed and self._connection is not None:
+            self.close()  # it was done while this one led
+        if self._queue and not self._leader:
+            for other in list(self._queue):
+                if not other.done:
+                    other.wake()
+                    break
 
-    def _lead(self, job: _Job) -> None:
-        with self._lock:
-            batch, self._queue = [job, *self._queue], []
+    def _lead(self) -> None:
+        """Carry out what waits; whoever is in the queue is done then, or came meanwhile."""
         error: BaseException = ConnectionError("interrupted")
+        batch = []
+        for job in list(self._queue):
+            if job.begun:
+                # over, or else its leader was interrupted, and it may have been carried out
+                if not job.done:
+                    job.error = error
+                    job.wake()
+                with suppress(ValueError):
+                    self._queue.remove(job)
+            else:
+                batch.append(job)
+        if not batch:
+            return
         try:
+            for job in batch:
+                job.begun = True
             self._carry(batch)
         except Exception as exc:
             error = exc
+            # those who came meanwhile share its fate: they asked the same server
+            batch = list(self._queue)
         finally:
-            with self._lock:
+            for job in batch:
                 if not job.done:
-                    # those who came meanwhile share its fate: they asked the same server
-                    batch, self._queue = batch + self._queue, []
-                next_one = self._next()
-            for other in batch:
-                if not other.done:
-                    other.error = error
-                if other.woken is not None:
-                    other.woken.set()
-            if self._closed:
-                self._drop()
-            if next_one is not None:
-                next_one.set()
+                    job.error = error
+                job.wake()
 
     def _carry(self, batch: list[_Job]) -> None:
         ends = max([job.ends for job in batch])
@@ -328,6 +399,8 @@ class Line:
             job.replies, start = replies[start:end], end
 
     def _ask(self, commands: Commands, ends: float) -> list[Any]:
+        if not self._in_step:
+            self._drop()
         if self._connection is not None:
             # it may have been closed by the other side long ago: that alone is no failure
             with suppress(exceptions.ConnectionError):
@@ -347,6 +420,7 @@ class Line:
     def _send(self, connection: Any, commands: Commands, ends: float) -> list[Any]:
         self._trips.add()
         replies: list[Any] = []
+        self._in_step = False
         try:
             sock = connection._sock
             if sock is None:
@@ -360,6 +434,7 @@ class Line:
                     replies.append(connection.read_response(disable_decoding=True))
                 except exceptions.ResponseError as exc:
                     replies.append(exc)
+            self._in_step = True
             if any(isinstance(reply, exceptions.ReadOnlyError) for reply in replies):
                 self._drop()  # a master that became a replica: who is the master now?
         except BaseException as exc:
@@ -380,24 +455,24 @@ class Line:
     def close(self) -> None:
         """Close the connection for good; what is under way fails."""
         self._closed = True
-        # runs at interpreter exit too, when whoever holds the lock may never go on
-        if not self._lock.acquire(timeout=1.0):
-            return
+        me = _Job((), math.inf)
         try:
-            connection, leading = self._connection, self._busy
-            if not leading:
-                self._connection = None
+            if self._leader.setdefault(None, me) is me:
+                self._drop()
+                return
+            # runs at interpreter exit too, when whoever leads may never go on
+            sock = getattr(self._connection, "_sock", None)
+            if sock is not None:
+                with suppress(OSError):  # who leads notices, and does the rest
+                    sock.shutdown(socket.SHUT_RDWR)
         finally:
-            self._lock.release()
-        if connection is None:
-            return
-        if not leading:
-            connection.disconnect()
-            return
-        sock = connection._sock
-        if sock is not None:
-            with suppress(OSError):  # who leads notices, and does the rest
-                sock.shutdown(socket.SHUT_RDWR)
+            try:
+                led = self._leader[None] is me
+            except KeyError:
+                led = False
+            if led:
+                del self._leader[None]
+            self._leave(me, led)
 
 
 class ClusterLine:

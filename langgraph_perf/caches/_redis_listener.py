@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import selectors
 import socket
 import threading
@@ -161,16 +162,22 @@ class Listener:
     def _start(self) -> None:
         with self._lock:
             if self._thread is None and not self._closed.is_set():
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run, name="langgraph-perf-redis", daemon=True
                 )
-                self._thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads, or the interpreter is shutting down
+                    return  # nothing is heard until the next use, which tries again
+                self._thread = thread
 
     def _ring(self) -> None:
         with suppress(OSError):  # full: it is awake anyway; closed: nothing to wake
             self._bell.send(b"\0")
 
     def _wanted(self) -> None:
+        if self._thread is None:
+            self._start()
         if self._resting:
             self._resting = False
             self._ring()
@@ -178,14 +185,20 @@ class Listener:
     # -- the thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        pause = _FIRST_PAUSE
+        with self._lock:
+            if self._thread is not threading.current_thread():
+                return  # who started it was interrupted before that was noted
+        pause, refused = _FIRST_PAUSE, False
         try:
             while not self._closed.is_set():
                 started = time.monotonic()
                 try:
                     self._listen()
                 except _Refused as exc:
-                    logger.warning(
+                    # once: it is the same every minute, for as long as the process lives
+                    level, refused = (logging.DEBUG if refused else logging.WARNING), True
+                    logger.log(
+                        level,
                         "Redis tells nothing unasked (%s): tiers in front of it ask for every hit, "
                         "and results of other processes are polled for",
                         exc,
@@ -326,7 +339,7 @@ class Listener:
             if not data:
                 raise ConnectionError("closed by the server")
             for message in buffer.feed(data):
-                if isinstance(message, _Refused):
+                if isinstance(message, ErrorReply):
                     raise message
                 if isinstance(message, Report):
                     self._reported(message)
@@ -362,8 +375,20 @@ def _nothing(_: Any) -> None:
     pass
 
 
-class _Refused(Exception):
+class ErrorReply(Exception):
     """The server answered with an error."""
+
+
+class _Refused(ErrorReply):
+    """One that will be the same the next time, unlike BUSY, LOADING, MASTERDOWN, ...."""
+
+
+# Redis has no code for what it does not know; a server may call TRACKING a subcommand or not
+_REFUSAL = re.compile("NOPERM |NOPROTO |ERR (unknown|syntax error|wrong number of arg)", re.I)
+
+
+def _error(text: str) -> ErrorReply:
+    return (_Refused if _REFUSAL.match(text) else ErrorReply)(text)
 
 
 class Report(list[Any]):
@@ -401,7 +426,7 @@ class Buffer:
             if len(self._bytes) < at + size + 2:
                 raise _Incomplete
             text = self._bytes[at : at + size]
-            return (_Refused(text.decode()) if kind == b"!" else text), at + size + 2
+            return (_error(text.decode()) if kind == b"!" else text), at + size + 2
         if kind in (b"*", b">", b"~", b"%"):
             items: list[Any] = Report() if kind == b">" else []
             for _ in range(int(line) * (2 if kind == b"%" else 1)):
@@ -409,7 +434,7 @@ class Buffer:
                 items.append(item)
             return items, at
         if kind == b"-":
-            return _Refused(line.decode()), at
+            return _error(line.decode()), at
         return (None if kind == b"_" else line), at
 
 

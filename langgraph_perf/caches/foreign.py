@@ -236,10 +236,17 @@ class _Workers:
         with self._lock:
             self._busy += 1
             if self._busy > self._threads and self._threads < self._most:
-                self._threads += 1
-                threading.Thread(
+                thread = threading.Thread(
                     target=self._work, name="langgraph-perf-foreign", daemon=True
-                ).start()
+                )
+                try:
+                    thread.start()
+                    self._threads += 1
+                except RuntimeError:  # no more threads, or the interpreter is shutting down
+                    if not self._threads:
+                        # skipped, and counted off, by the first thread that can be had
+                        future.cancel()
+                        raise
         return future
 
     def _work(self) -> None:

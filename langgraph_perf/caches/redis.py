@@ -328,8 +328,10 @@ class RedisCache(RedisSteps):
             self._returner = threading.Thread(
                 target=self._give_back, name="langgraph-perf-release", daemon=True
             )
-            with suppress(RuntimeError):  # the interpreter is shutting down
+            try:
                 self._returner.start()
+            except RuntimeError:  # no more threads, or the interpreter is shutting down
+                self._unwanted.clear()  # they run out by themselves
 
     def _give_back(self) -> None:
         # twice: it may be granted a moment later, on the other connection

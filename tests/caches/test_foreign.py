@@ -252,6 +252,20 @@ def test_memory_needs_no_thread():
     assert cache._workers._threads == 0
 
 
+def test_workers_come_when_they_can(threads):
+    """Without a thread an operation fails at once, however often; with one all is well."""
+    inner = Recording()
+    cache = ForeignCache(inner)
+    threads.allowed = False
+    for _ in range(20):
+        with pytest.raises(RuntimeError, match="thread"):
+            cache.read([Lookup(KEY)])
+    threads.allowed = True
+    cache.write(KEY, entry())
+    assert payload(cache) == b"value"
+    assert [name for name, _ in inner.calls] == ["set", "get"]
+
+
 def test_sqlite_from_many_threads(tmp_path):
     """Calls from many threads at once all arrive."""
     cache = ForeignCache(SqliteCache(path=str(tmp_path / "cache.db")), deadline=30.0)

@@ -23,7 +23,9 @@ from langgraph_perf import (
     StateGraph,
     _heartbeat,
 )
+from langgraph_perf._flight import held_flights
 from langgraph_perf.caches.base import Cache, Lease
+from tests.conftest import Threads
 from tests.redis_server import Server, new_prefix
 from tests.test_single_flight import auntil, until
 
@@ -75,6 +77,101 @@ def test_a_renewal_that_failed_is_repeated() -> None:
     _heartbeat.keep(cache, lease)
     assert cache.renewed.wait(10)
     _heartbeat.drop(lease)
+
+
+def test_without_a_thread_leases_are_kept_by_the_next_one(threads: Threads) -> None:
+    """A machine that gives no thread loses renewals, not runs, and only for as long as it does."""
+    cache, first, second = Renewing(), some_lease("unkept"), some_lease("kept")
+    renewed: list[str] = []
+    renew_many = cache.renew_many
+
+    def noted(leases: Sequence[Lease]) -> Any:
+        renewed.extend(lease.token for lease in leases)
+        return renew_many(leases)
+
+    cache.renew_many = noted  # type: ignore[method-assign]
+    threads.allowed = False
+    _heartbeat.keep(cache, first)
+    threads.allowed = True
+    _heartbeat.keep(cache, second)
+    until(lambda: {"unkept", "kept"} <= set(renewed))
+    _heartbeat.drop(first)
+    _heartbeat.drop(second)
+
+
+def test_leases_are_dropped_wherever_the_garbage_collector_runs() -> None:
+    """It may end a run in a thread that is just having a lease kept, or is about to."""
+    cache = Renewing()
+    leases = [some_lease(f"collected {i}") for i in range(3)]
+    kept = some_lease("kept")
+    for lease in leases[:2]:
+        _heartbeat.keep(cache, lease)
+    keeper = _heartbeat._keepers[cache]
+
+    class Collected:
+        def __init__(self, lease: Lease) -> None:
+            self.lease = lease
+
+        def __del__(self) -> None:
+            _heartbeat.drop(self.lease)
+
+    def work() -> None:
+        circle: Any = Collected(leases[0])
+        with _heartbeat._lock:
+            del circle
+        circle = Collected(leases[1])
+        with keeper._starting:
+            del circle
+        _heartbeat.keep(cache, kept)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    until(lambda: set(keeper._held) == {"kept"})
+    _heartbeat.drop(kept)
+    until(lambda: not keeper._held)
+    until(lambda: keeper._thread is None)
+
+
+def test_what_is_kept_while_the_thread_ends_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread looks once more after it has said that it ends."""
+    cache, first, second = Renewing(), some_lease("before the end"), some_lease("at the end")
+    _heartbeat.keep(cache, first)
+    keeper = _heartbeat._keepers[cache]
+    hear = keeper._hear
+
+    def late(seconds: float) -> bool:
+        heard = hear(seconds)
+        if not heard and not keeper._held and second.token not in _heartbeat._keeper_of:
+            _heartbeat.keep(cache, second)
+        return heard
+
+    monkeypatch.setattr(keeper, "_hear", late)
+    _heartbeat.drop(first)
+    until(lambda: "at the end" in keeper._held)
+    cache.renewed.clear()
+    assert cache.renewed.wait(20)
+    _heartbeat.drop(second)
+
+
+def test_a_run_that_gets_no_thread_is_a_run(redis_server: Server, threads: Threads) -> None:
+    """Its lease is not renewed; nothing else is different, and nothing of it is left."""
+
+    def node(state: State) -> State:
+        return {"answer": state["query"]}
+
+    with RedisCache(redis_server.url, prefix=new_prefix()) as cache:
+        builder: Any = StateGraph(State)
+        builder.add_node("node", node, cache_policy=CachePolicy(version=1))
+        graph = builder.add_edge(START, "node").compile(cache=cache)
+        threads.allowed = False
+        tokens = set(_heartbeat._keeper_of)
+        for query in ("a", "b"):
+            assert graph.invoke({"query": query})["answer"] == query
+        assert not held_flights.get()
+        assert set(_heartbeat._keeper_of) == tokens
+        assert graph.perf.stats().failures == {}
 
 
 def renewals(cache: Cache) -> tuple[list[int], threading.Event]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import operator
 import re
 import signal
@@ -34,6 +35,7 @@ from langgraph_perf import (
     TieredCache,
 )
 from langgraph_perf._backend import Backend
+from langgraph_perf.caches import _redis_lines, _redis_listener
 from langgraph_perf.caches._redis_connect import Source
 from langgraph_perf.caches._redis_lines import Line, _Job
 from langgraph_perf.caches._redis_listener import Buffer, Report
@@ -379,7 +381,7 @@ def test_scripts_survive_a_server_that_forgot_them(cache: RedisCache, redis_serv
 
 
 def test_a_follower_that_leaves_is_not_waited_for(
-    redis_server: Server, prefix: str, proxy: Proxy
+    redis_server: Server, prefix: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who gives up waiting, or is interrupted, while others use the line passes his turn on."""
     with RedisCache(proxy.url, prefix=prefix, timeout=5.0) as cache, ThreadPoolExecutor(3) as pool:
@@ -388,28 +390,83 @@ def test_a_follower_that_leaves_is_not_waited_for(
         line = cache._line
         assert isinstance(line, Line)
         leader = pool.submit(cache.read, [Lookup(KEY)])
-        while not line._busy:
+        while not line._leader:
             time.sleep(0.001)
         cache.timeout = 0.05
         with pytest.raises(TimeoutError):
             cache.read([Lookup(KEY)])
         cache.timeout = 10.0
 
-        class Interrupted(threading.Event):
-            def wait(self, timeout: float | None = None) -> bool:
-                super().wait(timeout)
-                raise KeyboardInterrupt
+        def interrupted(job: _Job) -> None:
+            raise KeyboardInterrupt
 
-        job = _Job([("PING",)], time.monotonic() + 10)
-        job.woken = Interrupted()
-        with line._lock:
-            line._queue.append(job)
-        with pytest.raises(KeyboardInterrupt):
-            line._follow(job, job.woken)
+        with monkeypatch.context() as patch:
+            patch.setattr(line, "_follow", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                cache.read([Lookup(KEY)])
         assert leader.result(10) == [None]
         proxy.delay = 0.0
         assert pool.submit(cache.read, [Lookup(KEY)]).result(10) == [None]
-        assert not line._busy
+        assert not line._leader
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_no_interruption_stops_a_line(redis_server: Server, prefix: str, connected: bool) -> None:
+    """At whatever call a signal's handler raises, the next operation is carried out at once."""
+
+    def interrupted(at: int) -> bool:
+        calls = 0
+
+        def handler(frame: Any, event: str, _: Any) -> None:
+            nonlocal calls
+            # where the interpreter looks for signals: on entering a function, after a C function
+            if event in ("call", "c_return") and frame.f_code.co_filename == _redis_lines.__file__:
+                calls += 1
+                if calls > at:
+                    sys.setprofile(None)
+                    raise KeyboardInterrupt
+
+        sys.setprofile(handler)
+        try:
+            cache.read([Lookup(KEY)])
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.setprofile(None)
+        return False
+
+    with RedisCache(redis_server.url, prefix=prefix, timeout=5.0, connect_timeout=5.0) as cache:
+        line = cache._line
+        assert isinstance(line, Line)
+        at = 0
+        while True:
+            assert cache.read([Lookup(KEY)]) == [None]
+            if not connected:
+                line._drop()
+            if not interrupted(at):
+                break
+            started = time.monotonic()
+            assert cache.read([Lookup(KEY)]) == [None]
+            assert time.monotonic() - started < 2.0
+            assert not line._leader
+            assert not line._queue
+            at += 1
+        assert at > 20
+
+
+def test_a_leader_that_could_not_tell_is_found_out(redis_server: Server, prefix: str) -> None:
+    """What he had begun may have been carried out, so it is not begun again."""
+    with RedisCache(redis_server.url, prefix=prefix) as cache:
+        line = cache._line
+        assert isinstance(line, Line)
+        lost = _Job([("SET", f"{prefix}:lost", "1")], time.monotonic() + 10)
+        lost.begun = True
+        line._queue.append(lost)
+        assert cache.read([Lookup(KEY)]) == [None]
+        assert isinstance(lost.error, ConnectionError)
+        assert not line._queue
+        with redis_server.client() as client:
+            assert not client.exists(f"{prefix}:lost")
 
 
 def test_a_connection_that_was_closed_meanwhile_is_made_anew(
@@ -475,7 +532,7 @@ def test_closing_in_the_middle(redis_server: Server, prefix: str, proxy: Proxy, 
     assert isinstance(line, Line)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(cache.read, [Lookup(KEY)])
-        while not line._busy:
+        while not line._leader:
             time.sleep(0.001)
         cache.close()
         check(line, reading.exception(10))
@@ -927,8 +984,12 @@ def test_a_flushed_server(own_server: Server) -> None:
         known(tiers, Lookup(KEY))
 
 
-def test_a_server_that_tells_nothing(own_server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    """Where channels are forbidden, tiers ask, waiting polls, and nothing fails."""
+def test_a_server_that_tells_nothing(
+    own_server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where channels are forbidden, tiers ask, waiting polls, nothing fails; that is told once."""
+    monkeypatch.setattr(_redis_listener, "_PAUSE_WHEN_REFUSED", 0.01)
+    caplog.set_level(logging.DEBUG, "langgraph_perf")
     with own_server.client() as client:
         client.execute_command("ACL SETUSER limited on >pw ~* +@all -subscribe -publish -pubsub")
     url = f"redis://limited:pw@127.0.0.1:{own_server.port}/0"
@@ -943,8 +1004,13 @@ def test_a_server_that_tells_nothing(own_server: Server, caplog: pytest.LogCaptu
         tiers.pause(KEY, 1.0)
         other.write(KEY, entry(b"done"), lease)
         assert other.read([Lookup(KEY)]) == [entry(b"done")]
-        until(lambda: "Redis tells nothing unasked" in caplog.text)  # the listener's thread does
-    assert caplog.text.count("Redis tells nothing unasked") == 1
+        deadline = time.monotonic() + 60
+        while caplog.text.count("Redis tells nothing unasked") < 4:
+            assert time.monotonic() < deadline
+            tiers.read([Lookup(KEY)])
+    refused = [record for record in caplog.records if "unasked" in record.message]
+    told = [record for record in refused if record.levelno == logging.WARNING]
+    assert len(told) == len({record.thread for record in refused}) <= 2
 
 
 async def test_what_was_stored_past_the_tiers_costs_a_few_round_trips(

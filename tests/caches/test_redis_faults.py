@@ -7,18 +7,22 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from typing import Any
 
 import pytest
+import redis
 from langgraph.graph import START
 from typing_extensions import TypedDict
 
 from langgraph_perf import CachePolicy, MemoryCache, RedisCache, StateGraph, TieredCache
 from langgraph_perf._backend import Backend
 from langgraph_perf._breaker import Breaker
+from langgraph_perf.caches._redis_lines import Bounded
 from langgraph_perf.caches.base import Cache
 from langgraph_perf.testing import Clock
+from tests.conftest import Threads
 from tests.redis_server import Proxy, Server, free_port, new_prefix
 from tests.servers import ask_again
 from tests.test_single_flight import until
@@ -345,3 +349,107 @@ def test_a_hung_server_costs_its_deadline(own_server: Server, mode: str) -> None
         asyncio.run(all_at_once())
         assert time.monotonic() - started < 8 * TIMEOUT
     cache.close()
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_runs_need_no_thread(redis_server: Server, threads: Threads, mode: str) -> None:
+    """Where no thread can be started hits are hits; when one can be, the server is listened to."""
+    last = RedisCache(redis_server.url, prefix=new_prefix())
+    cache = TieredCache(MemoryCache(), last)
+    graph, runs = build(cache)
+    threads.allowed = False
+    run(graph, ["a", "a", "a"], mode)
+    assert runs == ["a"]
+    assert graph.perf.stats().failures == {}
+    threads.allowed = True
+
+    def asks_nothing() -> bool:
+        before = last.round_trips
+        run(graph, ["a"], mode)
+        return last.round_trips == before
+
+    until(asks_nothing)
+    cache.close()
+
+
+def test_a_busy_server_is_listened_to_again(own_server: Server) -> None:
+    """While a script runs for long the server answers everything with an error, the listener too:
+    that is no refusal."""
+    with own_server.client() as admin, ThreadPoolExecutor(1) as pool:
+        admin.config_set("busy-reply-threshold", 1)
+        last = RedisCache(own_server.url, timeout=5.0)
+        cache = TieredCache(MemoryCache(), last)
+        key = (("n",), "k")
+        cache.set({key: (1, 60)})
+
+        def asks_nothing() -> bool:
+            before = last.round_trips
+            assert cache.get([key]) == {key: 1}
+            return last.round_trips == before
+
+        until(asks_nothing)
+        listener = last._listener
+        assert listener is not None
+        heard: list[str] = []
+
+        def listen(listen: Callable[[], None] = listener._listen) -> None:
+            try:
+                listen()
+            except Exception as exc:
+                heard.append(str(exc))
+                raise
+
+        listener._listen = listen  # type: ignore[method-assign]
+        # the connection it has does not go through that yet
+        admin.client_kill_filter(_type="pubsub")
+        until(asks_nothing)
+        script = pool.submit(admin.eval, "while true do end", 0)
+
+        def is_busy() -> bool:
+            with suppress(redis.RedisError, TimeoutError):
+                cache.get([key])
+            return any(error.startswith("BUSY") for error in heard)
+
+        until(is_busy)
+        with own_server.client() as other:
+            other.script_kill()
+        assert isinstance(script.exception(20), redis.ResponseError)
+        until(asks_nothing)
+        cache.close()
+
+
+def test_closing_needs_no_thread(redis_server: Server, threads: Threads) -> None:
+    """What never began to listen can be closed."""
+    cache = TieredCache(MemoryCache(), RedisCache(redis_server.url, prefix=new_prefix()))
+    graph, _ = build(cache)
+    threads.allowed = False
+    run(graph, ["a", "a"], "sync")
+    cache.close()
+
+
+def test_leases_are_given_back_by_the_next_thread(redis_server: Server, threads: Threads) -> None:
+    """What could not be given back runs out; what is to be later is given back."""
+    with RedisCache(redis_server.url, prefix=new_prefix(), lease_seconds=60.0) as cache:
+        first, second = [cache.acquire((("n",), name)) for name in ("first", "second")]
+        assert first is not None
+        assert second is not None
+        threads.allowed = False
+        cache._take_back(first)
+        threads.allowed = True
+        cache._take_back(second)
+        until(lambda: cache.acquire(second.key) is not None)
+
+
+def test_what_needs_a_deadline_waits_for_a_thread_there_is(threads: Threads) -> None:
+    """Only where there is none at all it is done without."""
+    bounded, gate = Bounded(2), threading.Event()
+    threads.allowed = False
+    assert bounded.run(threading.current_thread, 1.0) is threading.current_thread()
+    threads.allowed = True
+    with pytest.raises(TimeoutError):
+        bounded.run(gate.wait, 0.01)
+    threads.allowed = False
+    with pytest.raises(TimeoutError):
+        bounded.run(threading.current_thread, 0.01)
+    gate.set()
+    assert bounded.run(threading.current_thread, 10.0) is not threading.current_thread()

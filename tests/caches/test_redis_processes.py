@@ -358,6 +358,20 @@ def test_a_forked_child_has_connections_of_its_own(redis_server: Server) -> None
     cache.close()
 
 
+def test_forking_while_a_trip_is_counted(redis_server: Server) -> None:
+    """A child needs nothing from the thread that was counting, which it does not have."""
+    with RedisCache(redis_server.url, prefix=new_prefix()) as cache:
+        cache.write(KEY, Entry(b"parent", time.time()))
+
+        def use(pipe: Connection) -> None:
+            (found,) = cache.read([Lookup(KEY)])
+            pipe.send(found and found.payload)
+
+        with cache._trips._lock, child(use) as (_, pipe):
+            assert pipe.poll(20)
+            assert pipe.recv() == b"parent"
+
+
 async def test_forking_inside_a_loop(redis_server: Server) -> None:
     """A child that uses and drops what it inherited leaves the parent's connections alone."""
     cache = RedisCache(redis_server.url, prefix=new_prefix(), timeout=5.0)
