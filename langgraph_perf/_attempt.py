@@ -179,7 +179,7 @@ class Attempt:
         tags: tuple[str, ...] = call_tags(policy, self.input)
         seal = Seal.of(binding.serde, backend.cache)
         try:
-            digest = call_key(spec, self.input, tags, runtime, binding, seal is not None)
+            digest = call_key(spec, self.input, tags, runtime, binding, seal is not None, conf)
         except ConfigurationError as exc:  # which object of a keyed resource it wants
             raise ConfigurationError(f"node {spec.name!r}: {exc}") from exc
         owner = call_owner(f"node {spec.name!r}", scope, conf, binding)

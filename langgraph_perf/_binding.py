@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, MutableSet
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from langchain_core.runnables.config import var_child_runnable_config
+from langchain_core.runnables.config import CONFIG_KEYS, var_child_runnable_config
 from langgraph.cache.base import Namespace
 
 from langgraph_perf._backend import Backend, owner_tag
@@ -29,6 +29,8 @@ from langgraph_perf.policy import CacheControl
 from langgraph_perf.stats import ItemCounters
 
 if TYPE_CHECKING:
+    from langchain_core.runnables import RunnableConfig
+
     from langgraph_perf.resources import Registry
 
 BINDING = "__pregel_langgraph_perf"
@@ -184,6 +186,21 @@ def ambient() -> Mapping[str, Any]:
     """The ``configurable`` of the node that the current code runs in, if it runs in one."""
     config = var_child_runnable_config.get()
     return (config or {}).get("configurable") or {}
+
+
+def configurable_of(config: RunnableConfig | None) -> Mapping[str, Any]:
+    """The ``configurable`` that nodes find, as far as ``config`` says: LangGraph puts there, too,
+    what it does not know of the rest."""
+    if config is None:
+        return {}
+    more = {
+        key: value
+        for key, value in config.items()
+        if key not in CONFIG_KEYS
+        and not (value is None or (isinstance(value, list | tuple | dict) and not value))
+    }
+    given: Mapping[str, Any] = config.get("configurable") or {}
+    return {**given, **more} if more else given
 
 
 def make_binding(

@@ -113,8 +113,10 @@ def call_key(
     runtime: Any,
     binding: Binding,
     sealed: bool,
+    conf: Mapping[str, Any],
 ) -> str:
-    """What the result depends on, as a digest; ``sealed``: whether it is stored under a seal."""
+    """What the result depends on, as a digest; ``sealed``: whether it is stored under a seal,
+    ``conf``: the whole ``configurable``."""
     policy = spec.policy
     assert policy is not None
     # plain data, which is quickest to encode
@@ -137,6 +139,9 @@ def call_key(
         for name in policy.vary:
             root, *path = name.split(".")
             value: Any = roots[root]
+            if root == "configurable" and path and path[0] not in value:
+                # what LangGraph puts there is only in the key of those who name it
+                value = {key: item for key, item in conf.items() if not key.startswith("__")}
             try:
                 for step in path:
                     value = _field(value, step)

@@ -26,7 +26,7 @@ from langgraph.types import CachePolicy as LangGraphCachePolicy
 from langgraph.typing import ContextT, InputT, OutputT, StateT
 from typing_extensions import Self
 
-from langgraph_perf._binding import BINDING, Binding, ambient, make_binding
+from langgraph_perf._binding import BINDING, Binding, ambient, configurable_of, make_binding
 from langgraph_perf._gathering import part_of, taint
 from langgraph_perf._identity import NodeSpec
 from langgraph_perf.codec import Allowlist, types_in
@@ -383,8 +383,7 @@ class CompiledGraph(
         """``config`` with what the nodes need to find the cache; and the run, if results may be
         stored that go when it ends."""
         around = ambient()
-        own = (self.config or {}).get("configurable") or {}
-        given = (config or {}).get("configurable") or {}
+        own, given = configurable_of(self.config), configurable_of(config)
         parent: Binding | None = given.get(BINDING) or around.get(BINDING)
         perf = self._perf
         if perf.backend is None and parent is None and not perf.specs and perf.registry is None:
@@ -425,6 +424,7 @@ class CompiledGraph(
 
     def clear_cache(self, nodes: Sequence[str] | None = None) -> None:
         """Clear the stored results of ``nodes``, by default of all; an empty list clears none.
+        With a node goes what is inside it; nodes of subgraphs have their names in ``stats``.
 
         Raises:
             ValueError: the graph was compiled without a cache.

@@ -71,8 +71,8 @@ def _registry(name: str, config: RunnableConfig | None) -> Registry:
     if binding is None or binding.resources is None:
         raise ConfigurationError(
             f"lease({name!r}): there are no resources here; it works inside a node of a graph that "
-            "was compiled with resources=, or of a subgraph of one (async runs on Python 3.10: "
-            "pass config=)"
+            "was compiled with resources=, or of a subgraph of one (in threads that the node "
+            "starts, and async runs on Python 3.10: pass config=)"
         )
     return binding.resources
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from langgraph.cache.base import BaseCache
 from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.constants import START
 from langgraph.pregel import Pregel
 
 from langgraph_perf._backend import Backend
@@ -246,7 +247,10 @@ class Perf:
         return self.backend.cache
 
     def namespaces(self, nodes: Sequence[str] | None) -> list[tuple[str, ...]]:
-        """Where the results of ``nodes`` are kept.
+        """Where the results of ``nodes`` are kept, with those inside, in this graph's own cache.
+
+        Args:
+            nodes: names, those of a subgraph's nodes as in ``stats``; ``None`` for all.
 
         Raises:
             ConfigurationError: ``nodes`` is one string, or names a node that does not exist.
@@ -256,14 +260,24 @@ class Perf:
                 f"clear_cache(nodes): got {nodes!r}; accepted: a list of node names; did you mean "
                 f"[{nodes!r}]?"
             )
+        known = {
+            prefix + name: graph.perf.specs.get(name)
+            for prefix, graph in _graphs(self._graph, lambda inner: inner.backend is None)
+            for name in graph.nodes
+            if name != START
+        }
         for name in nodes or ():
-            if name not in self._graph.nodes:
+            if name not in known:
                 raise ConfigurationError(
                     f"clear_cache(nodes): unknown node {name!r}; accepted: "
-                    f"{', '.join(sorted(set(self._graph.nodes) - {'__start__'}))}"
+                    f"{', '.join(sorted(known))}"
                 )
-        names = self.specs if nodes is None else nodes
-        return [self.specs[name].namespace for name in names if name in self.specs]
+        names = (
+            known
+            if nodes is None
+            else [path for path in known if any(f"{path}|".startswith(f"{n}|") for n in nodes)]
+        )
+        return [spec.namespace for spec in map(known.get, names) if spec is not None]
 
 
 def _graphs(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from langchain_core.runnables import RunnableConfig
 from langgraph.cache.memory import InMemoryCache
 from langgraph.graph import START
 from langgraph.graph import StateGraph as LangGraphStateGraph
@@ -238,3 +240,101 @@ def test_an_async_key_is_refused() -> None:
 
     with pytest.raises(ConfigurationError, match=r"CachePolicy.key: .* an async function"):
         CachePolicy(key=key)
+
+
+class Told(TypedDict, total=False):
+    query: str
+    told: list[str]
+
+
+def tells(state: Told, config: RunnableConfig) -> Told:
+    """What the configuration says of the names in the query."""
+    return {"told": [str(config["configurable"].get(name)) for name in state["query"].split()]}
+
+
+def telling(policy: CachePolicy | None = None) -> Any:
+    builder = StateGraph(Told).add_node("node", tells, cache_policy=policy or CachePolicy())
+    return builder.add_edge(START, "node").compile(cache=MemoryCache())
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_what_langgraph_makes_configurable_counts(bound: bool) -> None:
+    """It takes what it does not know of a config as configurable; so does the key."""
+    graph = telling()
+    for user in ("ann", "bob", "carl" if bound else 0, "ann"):
+        given: Any = {"user_id": user}
+        asked = graph.with_config(given) if bound else graph
+        told = asked.invoke({"query": "user_id"}, None if bound else given)["told"]
+        assert told == [str(user)]
+    assert graph.perf.stats().nodes["node"].runs == 3
+    ignored: Any = {"user_id": None, "more": []}
+    assert graph.invoke({"query": "user_id more"}, ignored)["told"] == ["None", "None"]
+    assert graph.invoke({"query": "user_id more"})["told"] == ["None", "None"]
+    assert graph.perf.stats().nodes["node"].runs == 4
+    refresh: Any = {"cache_control": {"mode": "refresh"}, "user_id": "ann"}
+    graph.invoke({"query": "user_id"}, refresh)
+    assert graph.perf.stats().nodes["node"].runs == 5
+    misspelt: Any = {"cache_controll": {"mode": "refresh"}}
+    with pytest.raises(ConfigurationError, match="did you mean 'cache_control'"):
+        graph.invoke({"query": "user_id"}, misspelt)
+
+
+@pytest.mark.parametrize("name", ["thread_id", "assistant_id", "x-request-id"])
+def test_what_is_left_out_of_the_key_can_be_named(name: str) -> None:
+    """Thread, run and request identity are no part of it, unless ``vary`` says so."""
+    for policy, runs in ((CachePolicy(), 1), (CachePolicy(vary=[f"configurable.{name}"]), 2)):
+        graph = telling(policy)
+        for value in ("a", "b", "a"):
+            told = graph.invoke({"query": name}, {"configurable": {name: value}})["told"]
+            assert runs == 1 or told == [value]
+        assert graph.perf.stats().nodes["node"].runs == runs
+
+
+def test_templates_cannot_be_invalidated() -> None:
+    """Nobody fills their fields in, and nothing would be invalidated."""
+    with MemoryCache() as cache:
+        with pytest.raises(ConfigurationError, match=r"got 'user:\{user_id\}', whose field nobody"):
+            cache.invalidate("docs", "user:{user_id}")
+        with pytest.raises(ConfigurationError, match="such as 'user:42'"):
+            asyncio.run(cache.ainvalidate("user:{user_id}"))
+        cache.invalidate("{}", "{1}", "{ }", "a}{b")
+
+
+async def test_clear_cache_reaches_subgraphs() -> None:
+    """By default all that is in the graph's own cache; with a node, what is inside it."""
+    runs: list[str] = []
+
+    def graph_with(name: str, node: Any, **kwargs: Any) -> Any:
+        builder = StateGraph(Told).add_node(name, node, cache_policy=CachePolicy(version=1))
+        return builder.add_edge(START, name).compile(name=f"with {name}", **kwargs)
+
+    def leaf(state: Told) -> Told:
+        runs.append("leaf")
+        return {"told": ["leaf"]}
+
+    middle = graph_with("middle", graph_with("leaf", leaf))
+    graph = graph_with("sub", middle, cache=MemoryCache())
+    for nodes, cleared in (
+        (None, True),
+        (["sub"], True),
+        (["sub", "sub|middle"], True),
+        (["sub|middle|leaf"], False),  # the result of the node around it is still there
+        ([], False),
+    ):
+        graph.invoke({"query": "q"})
+        before = len(runs)
+        await graph.aclear_cache(nodes)
+        graph.invoke({"query": "q"})
+        assert (len(runs) > before) is cleared
+        graph.clear_cache()
+    with pytest.raises(ConfigurationError, match=r"'leaf'; accepted: sub, sub\|middle, sub"):
+        graph.clear_cache(["leaf"])
+    # what has a cache of its own is not in this one
+    graph = graph_with("sub", graph_with("leaf", leaf, cache=MemoryCache()), cache=MemoryCache())
+    graph.invoke({"query": "q"})
+    graph.clear_cache()
+    before = len(runs)
+    graph.invoke({"query": "q"})
+    assert len(runs) == before
+    with pytest.raises(ConfigurationError, match=r"accepted: sub$"):
+        graph.clear_cache(["sub|leaf"])

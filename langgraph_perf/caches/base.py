@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import threading
 import time
 import weakref
@@ -348,6 +349,7 @@ class Cache(BaseCache[Any]):
         this cache. Results still being computed from older data are never served either.
 
         Raises:
+            ConfigurationError: a tag has a ``{field}`` that is not filled in.
             Exception: the backend failed: others may go on serving what depends on them.
             CacheClosed: the cache is closed, and others share what is in it.
         """
@@ -540,10 +542,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset_after_fork)
 
 
+_TEMPLATE = re.compile(r"\{[A-Za-z_]\w*\}")
+
+
 def _tag_ids(tags: Sequence[str]) -> list[str]:
     for tag in tags:
         if not isinstance(tag, str):
             raise TypeError(f"invalidate() takes tag names (str), got {tag!r}")
+        if _TEMPLATE.search(tag):
+            raise ConfigurationError(
+                f"invalidate(): got {tag!r}, whose field nobody fills in, so no result depends on "
+                "it; accepted: the tag itself, such as 'user:42'"
+            )
     return [tag_id(tag) for tag in tags]
 
 
