@@ -83,6 +83,8 @@ class CacheStats:
     """A snapshot of one cache: what it holds now, and what it did since it was opened here.
 
     Attributes:
+        hits: lookups that found an entry; ``misses`` those that did not. A node's miss is two of
+            them: its result is looked for again once it is this call's turn to compute it.
         entries: how many entries it holds; ``bytes`` how much room they take. Both are 0 of a
             ``RedisCache``, which would have to walk over all keys of the server.
         expired: entries dropped because their time was over.
