@@ -97,7 +97,8 @@ class Listener:
         self.own = b"%s:%s" % (presence, new_token().encode())
         """This view: a member of ``views``, and a channel that nobody else subscribes to."""
         self._view_wanted = False
-        self._lock = threading.Lock()
+        # re-entrant: the garbage collector may end one that watches wherever this thread is
+        self._lock = threading.RLock()
         self._watchers: dict[bytes, list[Watcher]] = {}
         self._notes: deque[tuple[bytes, ...]] = deque()
         self._thread: threading.Thread | None = None
@@ -224,8 +225,8 @@ class Listener:
         self._presences.clear()
         self._next_presence = self._present_until = 0.0
         with self._lock:
-            for watchers in self._watchers.values():
-                for watcher in watchers:
+            for watchers in list(self._watchers.values()):
+                for watcher in list(watchers):
                     watcher.set(watcher.ready)
                     watcher.set(watcher.told)
 
@@ -249,7 +250,7 @@ class Listener:
         self._send(sock, (b"HELLO", b"3"), _nothing)
         with self._lock:
             self._notes.clear()
-            for channel in self._watchers:
+            for channel in list(self._watchers):
                 self._send(sock, (b"SUBSCRIBE", channel), None)
 
     def _hear(self, sock: socket.socket, selector: selectors.BaseSelector) -> None:
@@ -365,7 +366,7 @@ class Listener:
             )
         elif kind in (b"subscribe", b"message"):
             with self._lock:
-                for watcher in self._watchers.get(report[1], ()):
+                for watcher in list(self._watchers.get(report[1], ())):
                     watcher.set(watcher.ready)
                     if kind == b"message":
                         watcher.set(watcher.told)

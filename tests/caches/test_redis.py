@@ -282,7 +282,9 @@ async def test_a_sentinel_that_hangs(own_server: Server, prefix: str, tmp_path: 
     config = tmp_path / "sentinel.conf"
     config.write_text(f"port {port}\nsentinel monitor main 127.0.0.1 {own_server.port} 1\n")
     with Server.sentinel(port, config) as sentinel, own_server.client() as admin:
-        client = Sentinel([("127.0.0.1", port)]).master_for("main")
+        before = set(threading.enumerate())
+        finder = Sentinel([("127.0.0.1", port)])
+        client = finder.master_for("main")
         with RedisCache(client, prefix=prefix, timeout=1.0, connect_timeout=1.0) as cache:
             cache.ping()
             with sentinel.stopped():
@@ -293,6 +295,10 @@ async def test_a_sentinel_that_hangs(own_server: Server, prefix: str, tmp_path: 
                 with pytest.raises(TimeoutError):
                     await cache.aread([Lookup(KEY)])
                 assert time.monotonic() - started < 10.0
+            # those that hung go on now, and close what they have connected to
+            until(lambda: before.issuperset(threading.enumerate()))
+        for each in (client, *finder.sentinels):
+            each.close()
 
 
 def test_without_the_extra() -> None:
