@@ -295,8 +295,8 @@ async def test_a_sentinel_that_hangs(own_server: Server, prefix: str, tmp_path: 
                 with pytest.raises(TimeoutError):
                     await cache.aread([Lookup(KEY)])
                 assert time.monotonic() - started < 10.0
-            # those that hung go on now, and close what they have connected to
-            until(lambda: before.issuperset(threading.enumerate()))
+        # those that hung go on now, and close what they have connected to
+        until(lambda: before.issuperset(threading.enumerate()))
         for each in (client, *finder.sentinels):
             each.close()
 
