@@ -193,14 +193,19 @@ def configurable_of(config: RunnableConfig | None) -> Mapping[str, Any]:
     what it does not know of the rest."""
     if config is None:
         return {}
-    more = {
-        key: value
-        for key, value in config.items()
-        if key not in CONFIG_KEYS
-        and not (value is None or (isinstance(value, list | tuple | dict) and not value))
-    }
     given: Mapping[str, Any] = config.get("configurable") or {}
-    return {**given, **more} if more else given
+    more = config.keys() - _CONFIG_KEYS
+    if not more:
+        return given
+    values = {key: value for key, value in config.items() if key in more}
+    return {**given, **{key: value for key, value in values.items() if not _empty(value)}}
+
+
+_CONFIG_KEYS = frozenset(CONFIG_KEYS)
+
+
+def _empty(value: Any) -> bool:
+    return value is None or (isinstance(value, list | tuple | dict) and not value)
 
 
 def make_binding(
