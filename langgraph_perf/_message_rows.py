@@ -317,6 +317,7 @@ def _call(encoder: NumberingEncoder, index: int, call: Any) -> Any:
 def call_rows(encoder: NumberingEncoder, calls: list[Any]) -> list[Any] | None:
     """The rows that ``_call`` makes of tool calls that msgpack tells apart; ``None`` of others."""
     rows = []
+    ids = encoder.ids
     for call in calls:
         try:
             call_id, name, kind, args = _call_fields(call)
@@ -324,7 +325,7 @@ def call_rows(encoder: NumberingEncoder, calls: list[Any]) -> list[Any] | None:
             return None
         if len(call) != 4 or not (type(call_id) is type(name) is type(kind) is str):
             return None
-        rows.append([encoder.number(call_id), name, kind, args])
+        rows.append([ids.setdefault(call_id, len(ids)), name, kind, args])
     return rows
 
 

@@ -310,7 +310,8 @@ def _absorb(
                 if not any(held):
                     row = _text(kind, own, encoder)
                 elif kind.only_calls(held):
-                    raw = snapshot(held[1])
+                    # what is not remembered need not be packed by itself
+                    raw = b"" if not sure and _is_simple(held[1]) else snapshot(held[1])
                     row = None if raw is None else _calling(kind, own, held[1], encoder)
             except KeyError:  # made by model_construct
                 pass
@@ -353,7 +354,31 @@ def _text(kind: MessageKind, own: dict[str, Any], encoder: NumberingEncoder) -> 
     if not kind.answers:
         return [kind.head, None, *values]
     call_id = own["tool_call_id"]
-    return [kind.head, encoder.number(call_id), *values] if type(call_id) is str else None
+    if type(call_id) is not str:
+        return None
+    ids = encoder.ids  # as ``number`` does, without the call
+    return [kind.head, ids.setdefault(call_id, len(ids)), *values]
+
+
+_SMALL = 1 << 62  # msgpack has no larger integers than twice that
+
+
+def _is_simple(calls: list[Any]) -> bool:
+    """Whether the arguments of all these tool calls are text, integers, booleans and ``None``."""
+    for call in calls:
+        args = call.get("args") if type(call) is dict else None
+        if type(args) is not dict:
+            return False
+        for name, value in args.items():
+            kind = type(value)
+            if type(name) is not str or not (
+                kind is str
+                or (kind is int and -_SMALL < value < _SMALL)
+                or kind is bool
+                or value is None
+            ):
+                return False
+    return True
 
 
 def _calling(
