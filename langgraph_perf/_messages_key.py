@@ -32,7 +32,6 @@ from langgraph_perf._canonical import (
 )
 from langgraph_perf._id_places import is_call
 from langgraph_perf._message_rows import (
-    MessageKind,
     NumberingEncoder,
     Shadow,
     call_record,
@@ -292,7 +291,8 @@ def _absorb(
         ``said``.
     """
     encoder = KeyEncoder()
-    encoder.depth, encoder.ids = depth, said.ids
+    encoder.depth = depth
+    encoder.ids = ids = said.ids
     new = messages[start:]
     kinds = {kind: kind_of(kind) for kind in set(map(type, new))}
     # what shows a change comes before the row is made: so it will show what another thread
@@ -303,16 +303,32 @@ def _absorb(
     rows: list[Any] = []
     for index, (message, own, extra) in enumerate(zip(new, owns, map(extra_of, new), strict=True)):
         kind = kinds[type(message)]
-        row = raw = None
+        row: list[Any] | None = None
+        raw: bytes | None = None
         if not extra and len(own) == kind.size:
             try:
                 held = kind.containers(own)
-                if not any(held):
-                    row = _text(kind, own, encoder)
-                elif kind.only_calls(held):
-                    # what is not remembered need not be packed by itself
-                    raw = b"" if not sure and _is_simple(held[1]) else snapshot(held[1])
-                    row = None if raw is None else _calling(kind, own, held[1], encoder)
+                calls = any(held)
+                if not calls or kind.only_calls(held):
+                    values = kind.values(own)
+                    # all in one place: a function more is a twentieth of the time
+                    for value in values:
+                        if type(value) is not str and value is not None:
+                            break
+                    else:
+                        if calls:
+                            # what is not remembered need not be packed by itself
+                            fit = not sure and _is_simple(held[1])
+                            if not fit:
+                                raw = snapshot(held[1])
+                                fit = raw is not None
+                            cells = call_rows(encoder, held[1]) if fit else None
+                            row = cells and [kind.head, None, *values, None, cells]
+                        elif not kind.answers:
+                            row = [kind.head, None, *values]
+                        elif type(call_id := own["tool_call_id"]) is str:
+                            # as ``number`` does
+                            row = [kind.head, ids.setdefault(call_id, len(ids)), *values]
             except KeyError:  # made by model_construct
                 pass
         if row is not None:
@@ -345,21 +361,6 @@ def _absorb(
     return segment, said
 
 
-def _text(kind: MessageKind, own: dict[str, Any], encoder: NumberingEncoder) -> list[Any] | None:
-    """The row of a message that holds nothing but text, as most do; ``None`` for others."""
-    values = kind.values(own)
-    for value in values:
-        if type(value) is not str and value is not None:
-            return None
-    if not kind.answers:
-        return [kind.head, None, *values]
-    call_id = own["tool_call_id"]
-    if type(call_id) is not str:
-        return None
-    ids = encoder.ids  # as ``number`` does, without the call
-    return [kind.head, ids.setdefault(call_id, len(ids)), *values]
-
-
 _SMALL = 1 << 62  # msgpack has no larger integers than twice that
 
 
@@ -379,15 +380,6 @@ def _is_simple(calls: list[Any]) -> bool:
             ):
                 return False
     return True
-
-
-def _calling(
-    kind: MessageKind, own: dict[str, Any], calls: list[Any], encoder: NumberingEncoder
-) -> list[Any] | None:
-    """The row of a message that holds text and tool calls; ``None`` if there is more to it."""
-    row = _text(kind, own, encoder)
-    cells = None if row is None else call_rows(encoder, calls)
-    return None if row is None or cells is None else [*row, None, cells]
 
 
 def _hash(said: _Said, rows: list[Any]) -> None:

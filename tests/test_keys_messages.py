@@ -575,14 +575,14 @@ def test_remembering_never_changes_a_key(seed):
 
 def test_only_new_messages_are_encoded(monkeypatch):
     """A conversation that grows is not hashed from its beginning each time."""
-    encoded: list[BaseMessage] = []
-    real = _messages_key._text
+    encoded: list[Any] = []
+    real = _messages_key._absorb
 
-    def counting(kind, own, *rest):
-        encoded.append(own["content"])
-        return real(kind, own, *rest)
+    def counting(messages, start, *rest, **options):
+        encoded.extend(message.content for message in messages[start:])
+        return real(messages, start, *rest, **options)
 
-    monkeypatch.setattr(_messages_key, "_text", counting)
+    monkeypatch.setattr(_messages_key, "_absorb", counting)
     talk = [HumanMessage(str(n)) for n in range(50)]
     key({"messages": talk})
     assert len(encoded) == 100  # the first time nothing is remembered yet
