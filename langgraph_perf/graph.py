@@ -440,7 +440,8 @@ def _hiding(own: Any, lent: Any) -> Any:
     """The checkpointer of the two whose serde hides what it is given, if one does; else the one
     that a parent lends. Which of them a run inside a node writes to depends on its config."""
     for saver in (own, lent):
-        if type(getattr(saver, "serde", JsonPlusSerializer())) is not JsonPlusSerializer:
+        serde = getattr(saver, "serde", None)
+        if serde is not None and type(serde) is not JsonPlusSerializer:
             return saver
     return lent or own
 

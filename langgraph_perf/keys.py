@@ -45,8 +45,7 @@ def digest(*parts: tuple[str, Any], code_of: Callable[[type], str] | None = None
             raw = plain(value) if type(value) is dict else None
             if raw is None or TOOL_CALL in raw:
                 raw = encoder.encode(value)
-                names = named(value, encoder.ids)
-                if names:
+                if value is not None and (names := named(value, encoder.ids)):
                     raw += encoder.encode(names)
             encoded.append(raw)
         except Unkeyable as exc:
