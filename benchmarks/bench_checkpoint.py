@@ -413,6 +413,8 @@ def _bytecodes(cache: MemoryCache) -> Iterator[Counted]:
         return trace
 
     before = sys.gettrace()
+    # Python 3.12 only has these events if some frame asked for them before
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
     try:
         yield done
