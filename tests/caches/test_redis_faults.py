@@ -442,12 +442,18 @@ def test_leases_are_given_back_by_the_next_thread(redis_server: Server, threads:
 
 def test_what_needs_a_deadline_waits_for_a_thread_there_is(threads: Threads) -> None:
     """Only where there is none at all it is done without."""
-    bounded, gate = Bounded(2), threading.Event()
+    bounded, begun, gate = Bounded(1), threading.Event(), threading.Event()
+
+    def hangs() -> None:
+        begun.set()
+        gate.wait(60)
+
     threads.allowed = False
     assert bounded.run(threading.current_thread, 1.0) is threading.current_thread()
     threads.allowed = True
-    with pytest.raises(TimeoutError):
-        bounded.run(gate.wait, 0.01)
+    while not begun.is_set():  # a busy machine may give up before the thread has come
+        with pytest.raises(TimeoutError):
+            bounded.run(hangs, 0.05)
     threads.allowed = False
     with pytest.raises(TimeoutError):
         bounded.run(threading.current_thread, 0.01)
