@@ -197,8 +197,8 @@ def configurable_of(config: RunnableConfig | None) -> Mapping[str, Any]:
     more = config.keys() - _CONFIG_KEYS
     if not more:
         return given
-    values = {key: value for key, value in config.items() if key in more}
-    return {**given, **{key: value for key, value in values.items() if not _empty(value)}}
+    put_there = {k: v for k, v in config.items() if k in more and not _empty(v)}
+    return {**given, **put_there}
 
 
 _CONFIG_KEYS = frozenset(CONFIG_KEYS)

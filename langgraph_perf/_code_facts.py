@@ -59,6 +59,11 @@ def is_installed(module: Any) -> bool:
     return not folders.isdisjoint(("site-packages", "dist-packages"))
 
 
+def is_library(top: str, homes: frozenset[str]) -> bool:
+    """Whether a top-level package's code counts by name: it is none of the user's ``homes``."""
+    return top not in homes and (is_framework(top) or is_installed(top))
+
+
 def _places(top: str) -> list[str]:
     module = sys.modules.get(top)
     return [*getattr(module, "__path__", ()), getattr(module, "__file__", None) or ""]

@@ -41,7 +41,7 @@ from langgraph_perf._canonical import (
     text,
     type_name,
 )
-from langgraph_perf._code_facts import Facts, is_container, is_framework, is_installed, top_level
+from langgraph_perf._code_facts import Facts, is_container, is_framework, is_library, top_level
 from langgraph_perf._message_rows import extra_of, private_of
 from langgraph_perf._messages_key import KeyEncoder
 from langgraph_perf._value_types import value_plan
@@ -236,7 +236,7 @@ class Walk(KeyEncoder):
         top = top_level(module)
         if self.near is not None and top != self.near:
             return True
-        return top not in self.homes and (is_framework(top) or is_installed(top))
+        return is_library(top, self.homes)
 
     def unordered(self, values: Iterable[Any]) -> bytes:
         # numbers are given in the order of the walk, which must not depend on hashes

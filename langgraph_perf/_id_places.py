@@ -12,6 +12,9 @@ from langchain_core.messages import BaseMessage
 from langgraph.types import Send
 from pydantic import BaseModel
 
+TOOL_CALL = b"\xa9tool_call"
+"""How msgpack, and so the codec, has the ``type`` of a tool call."""
+
 _ROLES = frozenset(
     ["ai", "assistant", "developer", "function", "human", "remove", "system", "tool", "user"]
 )

@@ -8,8 +8,8 @@ somebody who does the same the other way round.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from langgraph_perf._call import steps
@@ -29,7 +29,6 @@ class _Joint:
     """
 
     def __init__(self, calls: Sequence[Call]) -> None:
-        self.calls = calls
         self.done: list[Done | None] = [None] * len(calls)
         self._machines = [steps(call) for call in calls]
         self._wants: tuple[dict[int, Step], ...] = ({}, {}, {}, {}, {})  # in their order
@@ -87,12 +86,6 @@ class _Joint:
         for number, value in zip(numbers, values, strict=True):
             self.answer(number, value)
 
-    @contextmanager
-    def runs(self, numbers: Sequence[int]) -> Iterator[None]:
-        """Around the body that answers these calls."""
-        with running(self.steps(numbers), self.calls[0]):
-            yield
-
 
 def drive_many(
     calls: Sequence[Call], body: Callable[[Sequence[int]], Sequence[Ran]]
@@ -115,7 +108,7 @@ def drive_many(
             call = calls[numbers[0]]
             values: Sequence[Any]
             if type(wanted[0]) is Run:
-                with joint.runs(numbers):
+                with running(wanted, call):
                     try:
                         values = body(numbers)
                     except BaseException as exc:
@@ -154,7 +147,7 @@ async def adrive_many(
             call = calls[numbers[0]]
             values: Sequence[Any]
             if type(wanted[0]) is Run:
-                with joint.runs(numbers):
+                with running(wanted, call):
                     cancelled = cancellations()
                     try:
                         values = await body(numbers)

@@ -30,7 +30,7 @@ from langgraph_perf._canonical import (
     refuse,
     text,
 )
-from langgraph_perf._id_places import is_call
+from langgraph_perf._id_places import TOOL_CALL, is_call
 from langgraph_perf._message_rows import (
     NumberingEncoder,
     Shadow,
@@ -42,9 +42,6 @@ from langgraph_perf._message_rows import (
     snapshot,
 )
 from langgraph_perf._value_types import value_plan
-
-TOOL_CALL = b"\xa9tool_call"
-"""How msgpack has the ``type`` of a tool call."""
 
 
 class KeyEncoder(NumberingEncoder):

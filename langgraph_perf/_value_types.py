@@ -82,11 +82,11 @@ def _by(kind: type, body: Plan) -> Plan:
 
 def _met(kind: type, body: Plan) -> Plan:
     """``_by``, for a class with code of its own."""
-    head = b"v" + text(type_name(kind))
+    named = _by(kind, body)
 
     def plan(encoder: Encoder, value: Any) -> bytes:
         encoder.kinds.add(type(value))  # not ``kind``: the plan must not keep its class alive
-        return head + body(encoder, value)
+        return named(encoder, value)
 
     return plan
 

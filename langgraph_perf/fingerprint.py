@@ -27,7 +27,7 @@ from langgraph.graph.state import CompiledStateGraph
 
 from langgraph_perf._canonical import IdentityMap, Plan, Unkeyable
 from langgraph_perf._code_classes import class_or_annotation_plan
-from langgraph_perf._code_facts import is_framework, is_installed, top_level
+from langgraph_perf._code_facts import is_framework, is_installed, is_library, top_level
 from langgraph_perf._code_functions import callable_plan
 from langgraph_perf._code_walk import Walk
 from langgraph_perf._message_rows import DIGEST_SIZE
@@ -87,7 +87,7 @@ class Classes:
 
     def _identify(self, kind: type) -> str:
         top = top_level(kind.__module__)
-        if top not in self._homes and (is_framework(top) or is_installed(top)):
+        if is_library(top, self._homes):
             return ""
         try:
             return _fingerprint(kind, self._homes | {top})

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from datetime import timedelta
 from difflib import get_close_matches
-from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from langchain_core.runnables import RunnableConfig
@@ -235,7 +234,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
 
         def later() -> None:
             # not for every node: what runs until the first call may change what the code reads
-            spec.identify = partial(StateGraph._code_of, bound, policy, spec)
+            spec.identify = functools.partial(StateGraph._code_of, bound, policy, spec)
 
         try:
             code = fingerprint(bound, later)

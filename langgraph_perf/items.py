@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
@@ -34,7 +33,7 @@ from langgraph_perf._place import NOWHERE, Place
 from langgraph_perf._sealing import Seal
 from langgraph_perf._steps import Call, Done, Raised, Ran
 from langgraph_perf._watch import Watch, current_config
-from langgraph_perf.caches.base import Entry, Lookup, tag_id
+from langgraph_perf.caches.base import TEMPLATE, Entry, Lookup, tag_id
 from langgraph_perf.errors import CacheMiss, ConfigurationError
 from langgraph_perf.policy import CacheControl, narrowest_scope, seconds, shortest
 from langgraph_perf.stats import NodeCounters
@@ -42,9 +41,6 @@ from langgraph_perf.stats import NodeCounters
 K = TypeVar("K")
 T = TypeVar("T")
 logger = logging.getLogger("langgraph_perf")
-
-_TEMPLATE = re.compile(r"\{[A-Za-z_]\w*\}")
-"""A field of a template, as the tags of a ``CachePolicy`` have them."""
 
 
 def get_cache(namespace: str, config: RunnableConfig | None = None) -> ItemCache:
@@ -288,7 +284,7 @@ class ItemCache:
                 "no tags, or compile(cache=) with MemoryCache, DiskCache or TieredCache"
             )
         for tag in tags:
-            if _TEMPLATE.search(tag):
+            if TEMPLATE.search(tag):
                 raise ConfigurationError(
                     f"tags: got {tag!r}, but items have no fields to fill in; accepted: the tag "
                     "itself, as in f\"user:{state['user_id']}\""

@@ -17,8 +17,9 @@ from langchain_core.messages import BaseMessage
 
 from langgraph_perf._canonical import MAX_DEPTH, Unkeyable, plain, text
 from langgraph_perf._id_names import named
+from langgraph_perf._id_places import TOOL_CALL
 from langgraph_perf._message_rows import DIGEST_SIZE
-from langgraph_perf._messages_key import TOOL_CALL, KeyEncoder, content_digest, forget
+from langgraph_perf._messages_key import KeyEncoder, content_digest, forget
 
 _root = lru_cache(256)(text)
 

@@ -23,6 +23,7 @@ from langgraph.graph.message import REMOVE_ALL_MESSAGES
 
 from langgraph_perf._id_places import (
     NOTES,
+    TOOL_CALL,
     carriers_in,
     is_message,
     own_of,
@@ -36,8 +37,6 @@ __all__ = ["pack_result", "spent_tokens", "unpack_result"]
 
 _PLANNED = b"R"
 """First byte of a payload with a plan: no payload of the codec begins with it."""
-_CALL_TYPE = b"\xa9tool_call"
-"""How the codec writes the ``type`` of a tool call."""
 _CONTENT, _ID = b"\xa7content", b"\xa2id"
 """How the codec writes two keys that every message in dict form has."""
 _PREFIX = re.compile(r"(?:[a-z]{2,12}[_-])*")
@@ -122,7 +121,7 @@ def spent_tokens(result: Any) -> int:
 def _plan_for(result: Any, payload: bytes, messages: int, state: Any) -> dict[str, Any] | None:
     """The plan to store with a result; ``None`` if none of its ids changes on replay."""
     carriers = []
-    if messages or _CALL_TYPE in payload or (_CONTENT in payload and _ID in payload):
+    if messages or TOOL_CALL in payload or (_CONTENT in payload and _ID in payload):
         carriers = carriers_in(result, tree=True)
     if sum(type(carrier) is not dict for carrier in carriers) != messages:
         raise EncodeError("a message lies where it cannot be given a new id on replay")

@@ -542,14 +542,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset_after_fork)
 
 
-_TEMPLATE = re.compile(r"\{[A-Za-z_]\w*\}")
+TEMPLATE = re.compile(r"\{[A-Za-z_]\w*\}")
+"""A field of a template, as the tags of a ``CachePolicy`` have them."""
 
 
 def _tag_ids(tags: Sequence[str]) -> list[str]:
     for tag in tags:
         if not isinstance(tag, str):
             raise TypeError(f"invalidate() takes tag names (str), got {tag!r}")
-        if _TEMPLATE.search(tag):
+        if TEMPLATE.search(tag):
             raise ConfigurationError(
                 f"invalidate(): got {tag!r}, whose field nobody fills in, so no result depends on "
                 "it; accepted: the tag itself, such as 'user:42'"
