@@ -68,13 +68,15 @@ _ledgers: weakref.WeakKeyDictionary[Saver, Ledger] = weakref.WeakKeyDictionary()
 _told: weakref.WeakKeyDictionary[Saver, weakref.WeakSet[Lives]] = weakref.WeakKeyDictionary()
 
 
-def is_bound(saver: object, lives: Lives) -> bool:
-    """Whether ``saver`` already tells ``lives``, and can do what its saver can now: a pooled one
-    learns that from the first saver it leases."""
+def bound_to(saver: object, lives: Lives) -> Saver | None:
+    """The saver that ``saver`` stands for; ``None`` if it does not already tell ``lives``, or
+    cannot do what that saver can now: a pooled one learns that from the first saver it leases."""
     if not issubclass(type(saver), _Bound):
-        return False
-    kind: Any = type(saver.__dict__["_saver"])
-    return type(saver) is _class_for(kind) and lives is saver.__dict__["_lives"]
+        return None
+    inner: Saver = saver.__dict__["_saver"]
+    kind: Any = type(inner)
+    fits = type(saver) is _class_for(kind) and lives is saver.__dict__["_lives"]
+    return inner if fits else None
 
 
 class _Bound:
@@ -348,6 +350,8 @@ def _cannot(saver: str, name: str, *args: Any, **kwargs: Any) -> Any:
 def _signed(method: Any, own: Any) -> Any:
     """A copy of ``method`` with the name and signature of ``own``: LangGraph looks at them."""
     made = types.FunctionType(method.__code__, method.__globals__, method.__name__)
+    with suppress(ValueError, TypeError):  # it has none that can be told
+        made.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
     return functools.update_wrapper(made, own)
 
 

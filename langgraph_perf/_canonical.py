@@ -249,6 +249,11 @@ def plain(value: Any) -> bytes | None:
     return None if raw is None else b"F%d:%b" % (len(raw), raw)
 
 
+def is_plain(encoded: bytes) -> bool:
+    """Whether these are bytes that ``plain`` made."""
+    return encoded[:1] == b"F"
+
+
 def packed(value: Any, options: int = PACK_OPTIONS) -> bytes | None:
     """msgpack of a JSON-like value, by default with sorted keys; ``None`` for any other.
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from hashlib import blake2b
+from itertools import count
 from operator import itemgetter
 from types import MemberDescriptorType
 from typing import Any, ClassVar, NamedTuple
@@ -119,6 +120,7 @@ class MessageKind:
         size: how many fields it has; ``-1`` if its instances hold more than fields.
         values: takes the fields that usually are text from a message's ``__dict__``.
         containers: takes the fields that usually are empty.
+        serial: tells it from every other class of this process, also from one of the same name.
     """
 
     __slots__ = (
@@ -130,12 +132,14 @@ class MessageKind:
         "answers",
         "containers",
         "head",
+        "serial",
         "size",
         "values",
     )
 
     def __init__(self, kind: type[BaseMessage]) -> None:
         fields = kind.__pydantic_fields__
+        self.serial = next(_serials)
         self._ai = AIMessage in mro_of(kind)  # a model wrote it, and generated its ids
         # the id of a RemoveMessage is what it says
         self._dropped = _METADATA if RemoveMessage in mro_of(kind) else _METADATA | {"id"}
@@ -278,6 +282,7 @@ def _getter(names: list[str]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
     return itemgetter(*(names if len(names) > 1 else names * 2))
 
 
+_serials = count()
 _kinds = IdentityMap(4096)
 
 

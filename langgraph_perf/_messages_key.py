@@ -3,7 +3,8 @@
 A conversation is keyed again and again, with a few more messages each time. So a list of messages
 is hashed one message after the other, and the states of the hash are remembered, from its second
 time on, with the first message, for as long as that lives. When a list begins with the same
-messages, unchanged, only the rest of it is hashed.
+messages, unchanged, only the rest of it is hashed. For the same conversation in other objects see
+``_messages_again``.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import struct
 from hashlib import sha256
 from itertools import repeat
 from operator import getitem, is_
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import ormsgpack
 from langchain_core.messages import BaseMessage
 
+from langgraph_perf import _messages_again
 from langgraph_perf._canonical import (
     PACK_OPTIONS,
     SNAPSHOT_OPTIONS,
@@ -41,6 +43,7 @@ from langgraph_perf._message_rows import (
     own_of,
     snapshot,
 )
+from langgraph_perf._messages_again import CHUNK, Said, beginning
 from langgraph_perf._value_types import value_plan
 
 
@@ -74,6 +77,7 @@ def content_digest(message: BaseMessage) -> bytes:
 def forget() -> None:
     """Drop every remembered conversation."""
     _conversations.entries.clear()
+    _messages_again.forget()
 
 
 def _is_message(kind: type) -> bool:
@@ -85,7 +89,7 @@ def _message(encoder: KeyEncoder, message: BaseMessage) -> bytes:
 
 
 def _list(encoder: KeyEncoder, value: list[Any]) -> bytes:
-    if value and _is_message(type(value[0])):
+    if _talks(value):
         value = value.copy()  # another thread may append meanwhile
         said = _conversation(value, encoder.depth)
         if said is not None:
@@ -94,25 +98,24 @@ def _list(encoder: KeyEncoder, value: list[Any]) -> bytes:
     return general_list(encoder, value) if raw is None or TOOL_CALL in raw else raw
 
 
+_FEW = 16
+
+
+def _talks(value: Any) -> bool:
+    return type(value) is list and bool(value) and _is_message(type(value[0]))
+
+
 def _dict(encoder: KeyEncoder, value: dict[Any, Any]) -> bytes:
-    raw = plain(value)
+    # to be told that it is not plain takes longer than to see a conversation in it
+    talks = len(value) <= _FEW and any(map(_talks, value.values()))
+    raw = None if talks else plain(value)
     if raw is not None and TOOL_CALL not in raw:
         return raw
     # one that a node is sent by itself, say
     return b"K" + call_record(encoder, value) if is_call(value) else b"m" + encoder.pairs(value)
 
 
-class _Said(NamedTuple):
-    """What some messages say: the state of the hash, and the tool-call ids in it with numbers.
-
-    The hash is SHA-256: the processors' own, it takes half of BLAKE2b's time on long texts.
-    """
-
-    hash: Any
-    ids: dict[str, int]
-
-
-def _token(encoder: NumberingEncoder, said: _Said) -> bytes:
+def _token(encoder: NumberingEncoder, said: Said) -> bytes:
     """What stands for some messages in ``encoder``'s traversal: the digest of what they say, and
     for each of their tool-call ids, the number that it has in the traversal."""
     count = len(said.ids)
@@ -165,7 +168,7 @@ class _Segment:
         self.places: list[int] = []
         self.names: list[str] = []
         self.raws: list[bytes] = []
-        self.said = _Said(None, {})
+        self.said = Said(None, {})
 
     def holds(self, messages: list[BaseMessage]) -> bool:
         """Whether these are the messages, unchanged. There may be thousands: the loops are C's."""
@@ -226,11 +229,11 @@ _conversations = IdentityMap(256)
 one for the second time: a run that reads its messages from a checkpoint may key them only once."""
 
 
-def _conversation(messages: list[Any], depth: int) -> _Said | None:
+def _conversation(messages: list[Any], depth: int) -> Said | None:
     """What a list says that begins with a message; ``None`` if it goes on with something else."""
     found = _conversations.entries.get(id(messages[0]))
     known: tuple[_Segment, ...] = found[0] if found else ()
-    said = _Said(sha256(), {})
+    said = Said(sha256(), {})
     start = count = 0
     for segment in known:
         end = start + len(segment.owns)
@@ -242,7 +245,14 @@ def _conversation(messages: list[Any], depth: int) -> _Said | None:
     if not all(map(_is_message, set(map(type, messages[start:])))):
         return None
     # segments never change, because other threads may be reading them
-    said = _Said(said.hash.copy(), said.ids.copy())
+    if start:
+        said = Said(said.hash.copy(), said.ids.copy())
+    elif found is None and len(messages) >= CHUNK:
+
+        def absorb(first: int, end: int, said: Said) -> None:
+            _absorb(messages[:end], first, said, depth, sure=False)
+
+        start, said = beginning(messages, said, absorb)
     new, said = _absorb(messages, start, said, depth, sure=found is not None)
     if found is None:
         _conversations.put(messages[0], ())
@@ -269,18 +279,18 @@ def _merged(segments: tuple[_Segment, ...]) -> tuple[_Segment, ...]:
     return tuple(kept)
 
 
-def _alone(message: BaseMessage, depth: int) -> _Said:
+def _alone(message: BaseMessage, depth: int) -> Said:
     """One message alone: too little to be worth remembering."""
     try:
-        return _absorb([message], 0, _Said(sha256(), {}), depth, sure=False)[1]
+        return _absorb([message], 0, Said(sha256(), {}), depth, sure=False)[1]
     except Unkeyable as exc:
         exc.path = exc.path.removeprefix("[0]")
         raise
 
 
 def _absorb(
-    messages: list[BaseMessage], start: int, said: _Said, depth: int, sure: bool
-) -> tuple[_Segment, _Said]:
+    messages: list[BaseMessage], start: int, said: Said, depth: int, sure: bool
+) -> tuple[_Segment, Said]:
     """Add to ``said`` the messages from ``start`` on; ``sure``: they are to be remembered.
 
     Returns:
@@ -344,7 +354,7 @@ def _absorb(
         elif sure:
             _hash(said, rows)
             rows, sure = [], False
-            segment.said = _Said(said.hash.copy(), said.ids.copy())
+            segment.said = Said(said.hash.copy(), said.ids.copy())
         try:
             rows.append(kind.full(message, encoder))
         except Unkeyable as exc:
@@ -379,7 +389,7 @@ def _is_simple(calls: list[Any]) -> bool:
     return True
 
 
-def _hash(said: _Said, rows: list[Any]) -> None:
+def _hash(said: Said, rows: list[Any]) -> None:
     """Take in rows. Each is self-delimiting, so it does not matter how many come at a time."""
     try:
         raw = ormsgpack.packb(rows, None, PACK_OPTIONS)

@@ -15,9 +15,8 @@ from typing import Any
 
 from langchain_core.messages import BaseMessage
 
-from langgraph_perf._canonical import MAX_DEPTH, Unkeyable, plain, text
+from langgraph_perf._canonical import MAX_DEPTH, Unkeyable, is_plain, text
 from langgraph_perf._id_names import named
-from langgraph_perf._id_places import TOOL_CALL
 from langgraph_perf._message_rows import DIGEST_SIZE
 from langgraph_perf._messages_key import KeyEncoder, content_digest, forget
 
@@ -42,13 +41,11 @@ def digest(*parts: tuple[str, Any], code_of: Callable[[type], str] | None = None
     for root, value in parts:
         encoded.append(_root(root))
         try:
-            # most states are plain dicts, which need no traversal
-            raw = plain(value) if type(value) is dict else None
-            if raw is None or TOOL_CALL in raw:
-                raw = encoder.encode(value)
-                if value is not None and (names := named(value, encoder.ids)):
-                    raw += encoder.encode(names)
+            raw = encoder.encode(value)
             encoded.append(raw)
+            # most states are plain, with nothing in them that has an id
+            if value is not None and not is_plain(raw) and (names := named(value, encoder.ids)):
+                encoded.append(encoder.encode(names))
         except Unkeyable as exc:
             exc.within(root)
             raise

@@ -53,6 +53,8 @@ class Perf:
         self.lives = Lives(
             self._backends, lambda run: self.may_store("thread", run.control), self._thread_tags
         )
+        # the checkpointer that was asked for last, and what it stands for
+        self._bound: tuple[Any, Any, type] = (None, None, type(None))
         self.backend: Backend | None = None
         if cache is not None:
             if not isinstance(cache, Cache):
@@ -142,14 +144,20 @@ class Perf:
 
     def bound(self, checkpointer: Any) -> Any:
         """``checkpointer`` as the graph is to use it: one that tells the caches of its threads."""
+        # LangGraph asks several times a run: what is true of nearly all runs is looked at first
+        latest, saver, kind = self._bound
+        if checkpointer is latest and type(saver) is kind:
+            return checkpointer
         if not isinstance(checkpointer, BaseCheckpointSaver):
             return checkpointer
-        from langgraph_perf._bound_saver import bound, is_bound
+        from langgraph_perf._bound_saver import bound, bound_to
 
-        # LangGraph asks several times a run: what is true of nearly all runs is looked at first
-        if is_bound(checkpointer, self.lives) or not self._backends():
-            return checkpointer
-        return bound(checkpointer, self.lives)
+        saver = bound_to(checkpointer, self.lives)
+        if saver is not None:
+            self._bound = (checkpointer, saver, type(saver))
+        elif self._backends():
+            return bound(checkpointer, self.lives)
+        return checkpointer
 
     def _backends(self) -> list[Backend]:
         # those of graphs that LangGraph does not find inside nodes are known once they have run

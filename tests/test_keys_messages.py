@@ -29,7 +29,7 @@ from langchain_core.messages import (
 from langchain_core.messages.content import create_text_block
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
-from langgraph_perf import _messages_key
+from langgraph_perf import _messages_again, _messages_key
 from langgraph_perf.keys import Unkeyable, digest, forget, message_digest
 
 
@@ -628,6 +628,168 @@ def test_nothing_is_stored_on_messages():
     key([message])
     message_digest(message)
     assert (message.__dict__, message.__pydantic_extra__) == before
+
+
+# -- the same conversation in other objects --------------------------------------------------------
+
+
+def long_talk(turns: int = 20) -> list[Any]:
+    """A conversation as a checkpointer keeps it, with ids, of five messages a turn."""
+    talk: list[Any] = []
+    for n in range(turns):
+        talk += loop(query=f"question {n}", answer=f"answer {n}")
+    for message in talk:
+        message.id = uuid.uuid4().hex
+    return talk
+
+
+def once(talk: list[Any]) -> str:
+    """The digest of a copy, asked for once."""
+    return digest(("state", {"messages": copy.deepcopy(talk)}))
+
+
+@pytest.fixture
+def absorbed(monkeypatch):
+    """The messages that are encoded."""
+    encoded: list[Any] = []
+    real = _messages_key._absorb
+
+    def counting(messages, start, *rest, **options):
+        encoded.extend(message.id for message in messages[start:])
+        return real(messages, start, *rest, **options)
+
+    monkeypatch.setattr(_messages_key, "_absorb", counting)
+    return encoded
+
+
+def test_a_conversation_that_is_read_again_is_recognised(absorbed):
+    """From its third time on, only what does not fill a chunk is encoded."""
+    talk = long_talk()
+    want = once(talk)
+    once(talk)
+    for _ in range(3):
+        absorbed.clear()
+        assert once(talk) == want
+        assert absorbed == [message.id for message in talk[96:]]
+    talk += long_talk(2)  # it goes on, with tool calls whose ids are numbered further
+    absorbed.clear()
+    want = once(talk)
+    assert absorbed == [message.id for message in talk[96:]]
+    assert want == fresh_key({"messages": copy.deepcopy(talk)})
+
+
+class Sub(HumanMessage):
+    """Has a name that another class takes, too."""
+
+
+def other_class(of: type[BaseMessage]) -> type[BaseMessage]:
+    return type("Sub", (of,), {"__module__": __name__, "__qualname__": "Sub"})
+
+
+EDITS: dict[str, Any] = {
+    "content": lambda m: setattr(m, "content", "something else"),
+    "name": lambda m: setattr(m, "name", "x"),
+    "blocks": lambda m: setattr(m, "content", [{"type": "text", "text": "x"}]),
+    **{
+        f"kwargs {value!r}": lambda m, value=value: m.additional_kwargs.update(k=value)
+        for value in (1, True, 1.0, "1", b"x", bytearray(b"x"), (1,), [1], float("nan"), "\ud800")
+    },
+    "extra": lambda m: setattr(m, "more", "x"),
+    "surrogate": lambda m: setattr(m, "content", "\ud800"),
+    "tool call": lambda m: m.__dict__.update(tool_calls=[call("f", "new", x=1)]),
+    "answers another": lambda m: m.__dict__.update(tool_call_id="another"),
+    "class": lambda m: setattr(m, "__class__", Sub),
+    "class of the same name": lambda m: setattr(m, "__class__", other_class(AIMessage)),
+    "no field": lambda m: m.__dict__.pop("name"),
+    "id": lambda m: setattr(m, "id", "another"),
+    "metadata": lambda m: m.response_metadata.update(model="x"),
+}
+
+
+@pytest.mark.parametrize("index", [0, 40, 95, 98], ids="message{}".format)
+@pytest.mark.parametrize("name", EDITS)
+def test_a_conversation_that_is_read_again_changed_has_the_key_of_what_it_says(name, index):
+    """Whatever is changed, wherever, nothing of what was known before is taken for it."""
+    talk = long_talk()
+    edited = copy.deepcopy(talk)
+    EDITS[name](edited[index])
+    want, others = fresh_key({"messages": edited}), fresh_key({"messages": talk})
+    assert (want == others) == (name in ("id", "metadata"))
+    forget()
+    for _ in range(4):
+        assert once(talk) == others
+    for _ in range(4):
+        assert digest(("state", {"messages": list(edited)})) == want
+        _messages_key._conversations.entries.clear()  # as if they were other objects
+    assert once(talk) == others
+
+
+@pytest.mark.parametrize("first", [b"x", bytearray(b"x")], ids=["bytes", "bytearray"])
+def test_what_packs_alike_is_not_taken_for_the_same(first):
+    """Bytes and bytearrays pack to the same: a conversation with either is not kept."""
+    second = bytearray(b"x") if type(first) is bytes else b"x"
+    talk = long_talk()
+    talk[10].additional_kwargs["k"] = first
+    (want,) = {once(talk) for _ in range(4)}
+    talk[10].additional_kwargs["k"] = second
+    assert once(talk) != want
+
+
+def test_a_message_that_changes_while_its_conversation_is_learnt(monkeypatch):
+    """What a message says by the time it is encoded is not kept for what it said before."""
+    talk = long_talk()
+    once(talk)
+    want = once(talk[:])
+    forget()
+    once(talk)
+    real = _messages_key._absorb
+
+    def late(messages, start, *rest, **options):
+        messages[start].content = "changed"
+        return real(messages, start, *rest, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_messages_key, "_absorb", late)
+        once(talk)
+    assert [once(talk) for _ in range(3)] == [want] * 3
+
+
+def test_conversations_that_only_begin_alike_are_not_learnt_each_time(absorbed):
+    """An id that many conversations begin with costs a comparison, not the learning of each."""
+    talks = [long_talk() for _ in range(30)]
+    for talk in talks:
+        talk[0] = HumanMessage("the same", id="the same")
+    learnt = 0
+    for talk in talks:
+        absorbed.clear()
+        once(talk)
+        learnt += len(_messages_again._met[_messages_again._key_of(talk[0])].chunks) > 0
+    assert learnt < 6
+
+
+def test_what_is_kept_of_conversations_is_bounded(monkeypatch):
+    """By bytes, the latest ones are kept; of a long one its beginning."""
+    monkeypatch.setattr(_messages_again, "MOST_BYTES", 200_000)
+    monkeypatch.setattr(_messages_again, "_MOST_OF_ONE", 50_000)
+    talks = [long_talk() for _ in range(12)]
+    for _ in range(2):
+        for talk in talks:
+            once(talk)
+            assert once(talk) == once(talk)
+            sizes = map(_messages_again._size, _messages_again._met.values())
+            assert _messages_again._bytes == sum(sizes) <= 200_000
+            assert _messages_again._key_of(talk[0]) in _messages_again._met
+    long = long_talk(300)
+    assert len({once(long) for _ in range(3)}) == 1
+    known = _messages_again._met[_messages_again._key_of(long[0])]
+    assert 40_000 < _messages_again._size(known) < 60_000
+
+
+def test_short_conversations_are_not_kept():
+    """They are keyed in no time."""
+    for _ in range(3):
+        once(long_talk(6))
+    assert not _messages_again._met
 
 
 def test_conversations_are_safe_to_key_from_many_threads():
