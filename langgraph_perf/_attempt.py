@@ -46,7 +46,7 @@ from langgraph_perf._identity import (
     call_tags,
 )
 from langgraph_perf._owner import RUN_SECONDS
-from langgraph_perf._provenance import mark_hit
+from langgraph_perf._provenance import mark_hit, mark_run
 from langgraph_perf._sealing import Seal
 from langgraph_perf._steps import Call, Ran
 from langgraph_perf._thread_body import on_thread
@@ -362,6 +362,7 @@ class Attempt:
     @contextmanager
     def _entered(self) -> Iterator[RunnableConfig]:
         """The node's config, so patched that what matters for storing can be seen."""
+        mark_run(self.config)
         config = self._watch.over({**self.config})
         callbacks = config.get("callbacks")
         if isinstance(callbacks, BaseCallbackManager):

@@ -24,7 +24,7 @@ from langgraph_perf._binding import BINDING, Binding
 from langgraph_perf._gathering import part_of, taint
 from langgraph_perf._lives import Lives, at_the_end, kept
 from langgraph_perf._locks import new_lock
-from langgraph_perf._provenance import METADATA, Ledger
+from langgraph_perf._provenance import CHANNEL, METADATA, Ledger
 
 Saver = BaseCheckpointSaver[Any]
 
@@ -174,18 +174,59 @@ async def _aput(
     return result
 
 
+def _put_writes(
+    self: Any, config: Any, writes: Any, task_id: str, *args: Any, **kwargs: Any
+) -> Any:
+    told = self.provenance.pending(config, task_id)
+    return self._saver.put_writes(
+        config, [*writes, *told] if told else writes, task_id, *args, **kwargs
+    )
+
+
+async def _aput_writes(
+    self: Any, config: Any, writes: Any, task_id: str, *args: Any, **kwargs: Any
+) -> Any:
+    told = self.provenance.pending(config, task_id)
+    return await self._saver.aput_writes(
+        config, [*writes, *told] if told else writes, task_id, *args, **kwargs
+    )
+
+
 def _get_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
     self._lives.started(config)
     found = self._saver.get_tuple(config, *args, **kwargs)
     _notice(config, found)
-    return found
+    # who only looks at the thread will not write the checkpoint of its step
+    return _read(self.provenance if BINDING in config.get("configurable", {}) else None, found)
 
 
 async def _aget_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
     await self._lives.astarted(config)
     found = await self._saver.aget_tuple(config, *args, **kwargs)
     _notice(config, found)
-    return found
+    # who only looks at the thread will not write the checkpoint of its step
+    return _read(self.provenance if BINDING in config.get("configurable", {}) else None, found)
+
+
+def _list(self: Any, *args: Any, **kwargs: Any) -> Any:
+    for found in self._saver.list(*args, **kwargs):
+        yield _read(None, found)
+
+
+async def _alist(self: Any, *args: Any, **kwargs: Any) -> Any:
+    async for found in self._saver.alist(*args, **kwargs):
+        yield _read(None, found)
+
+
+def _read(ledger: Ledger | None, found: Any) -> Any:
+    """``found`` as its saver would give it without this library; ``ledger`` learns the rest."""
+    left = found.pending_writes if found is not None else None
+    if not left or not any(channel == CHANNEL for _, channel, _ in left):
+        return found
+    for task, channel, record in left:
+        if ledger is not None and channel == CHANNEL:
+            ledger.learn(found.config, task, record)
+    return found._replace(pending_writes=[write for write in left if write[1] != CHANNEL])
 
 
 def _notice(config: Any, found: Any) -> None:
@@ -295,6 +336,10 @@ def _deletes(prune: Callable[..., Any], threads: Any, args: Any, kwargs: Any) ->
 _TELLING: dict[str, Callable[..., Any]] = {
     "put": _put,
     "aput": _aput,
+    "put_writes": _put_writes,
+    "aput_writes": _aput_writes,
+    "list": _list,
+    "alist": _alist,
     "get_tuple": _get_tuple,
     "aget_tuple": _aget_tuple,
     "delete_thread": _delete_thread,

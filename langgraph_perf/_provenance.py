@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 METADATA = "langgraph_perf"
 """Under which key traces and checkpoints tell of the cache."""
+CHANNEL = "__langgraph_perf_served"
+"""Under which name a task's pending writes tell of it, until the checkpoint of its step does: that
+may be written by another process. LangGraph passes over what is no channel of a graph."""
 _MOST_STEPS = 4096
 """How many steps of which no checkpoint was written yet are remembered: runs that wait for a human
 may never go on."""
@@ -35,9 +38,22 @@ def mark_hit(config: RunnableConfig, spec: NodeSpec, entry: Entry, digest: str, 
     age = max(0.0, now - entry.created)
     _mark_trace(config, digest, age)
     conf = config.get("configurable") or {}
-    ledger = getattr(conf.get(CONFIG_KEY_CHECKPOINTER), "provenance", None)
-    if isinstance(ledger, Ledger):
+    ledger = _ledger(conf)
+    if ledger is not None:
         ledger.add(config, _Served(spec.name, digest, age, spec.code or "", _run(conf)))
+
+
+def mark_run(config: RunnableConfig) -> None:
+    """Note that the node which runs with ``config`` does run, whatever an earlier attempt did."""
+    conf = config.get("configurable") or {}
+    ledger = _ledger(conf)
+    if ledger is not None:
+        ledger.drop(conf)
+
+
+def _ledger(conf: Mapping[str, Any]) -> Ledger | None:
+    ledger = getattr(conf.get(CONFIG_KEY_CHECKPOINTER), "provenance", None)
+    return ledger if isinstance(ledger, Ledger) else None
 
 
 def _mark_trace(config: RunnableConfig, digest: str, age: float) -> None:
@@ -75,6 +91,20 @@ class _Served:
     before: str | None = None
 
 
+_RECORD = ("node", "key", "age", "code", "step")
+
+
+def _step_of(conf: Mapping[str, Any]) -> tuple[str, str]:
+    """The thread and the namespace of the graph that a task with this ``configurable`` is in."""
+    thread, namespace = _checkpoint_of(conf)
+    return thread, namespace.rpartition(NS_SEP)[0]
+
+
+def _checkpoint_of(conf: Mapping[str, Any]) -> tuple[str, str]:
+    """The thread and the namespace of the checkpoint that this ``configurable`` names."""
+    return str(conf.get("thread_id")), str(conf.get("checkpoint_ns", ""))
+
+
 class Ledger:
     """What was served from the cache and is in no checkpoint yet, by thread and namespace."""
 
@@ -85,19 +115,51 @@ class Ledger:
     def add(self, config: RunnableConfig, served: _Served) -> None:
         """Remember ``served`` until the checkpoint of its step is written."""
         conf = config["configurable"]
-        namespace = str(conf.get("checkpoint_ns", "")).rpartition(NS_SEP)[0]
+        where = _step_of(conf)
         served.step = (config.get("metadata") or {}).get("langgraph_step", 0)
-        served.before = (conf.get("checkpoint_map") or {}).get(namespace)
-        where = (str(conf.get("thread_id")), namespace)
+        served.before = (conf.get("checkpoint_map") or {}).get(where[1])
+        # by task: one that is run again in the same step counts once
+        self._put(where, str(conf.get(CONFIG_KEY_TASK_ID)), served)
+
+    def _put(self, where: tuple[str, str], task: str, served: _Served) -> None:
         with self._lock:
-            # by task: one that is run again in the same step counts once
             tasks = self._steps.setdefault(where, {})
-            tasks[str(conf.get(CONFIG_KEY_TASK_ID))] = served
+            tasks[task] = served
             if len(tasks) > _MOST_STEPS:
                 del tasks[next(iter(tasks))]
             self._steps.move_to_end(where)
             while len(self._steps) > _MOST_STEPS:
                 self._steps.popitem(last=False)
+
+    def drop(self, conf: Mapping[str, Any]) -> None:
+        """Forget what is known of a task."""
+        if self._steps:
+            with self._lock:
+                tasks = self._steps.get(_step_of(conf), {})
+                tasks.pop(str(conf.get(CONFIG_KEY_TASK_ID)), None)
+
+    # -- until the checkpoint is written, for other processes ------------------------------------
+
+    def pending(self, config: Any, task: str) -> list[tuple[str, Any]]:
+        """What to write with the writes of ``task``, which go to the checkpoint in ``config``."""
+        if not self._steps:
+            return []
+        conf = config.get("configurable") or {}
+        with self._lock:
+            served = self._steps.get(_checkpoint_of(conf), {}).get(task)
+        if served is None or served.before != conf.get("checkpoint_id"):
+            return []
+        record = {name: getattr(served, name) for name in _RECORD}
+        return [(CHANNEL, record)]
+
+    def learn(self, config: Any, task: str, record: Mapping[str, Any]) -> None:
+        """Remember what was written with the writes of ``task`` to the checkpoint in ``config``."""
+        conf = config.get("configurable") or {}
+        served = _Served(**{name: record[name] for name in _RECORD}, run=None)
+        served.before = conf.get("checkpoint_id")
+        self._put(_checkpoint_of(conf), task, served)
+
+    # -- when it is written -----------------------------------------------------------------------
 
     def of(self, config: Any, metadata: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """What to tell in the checkpoint that is written with ``config`` and ``metadata``, and
@@ -105,7 +167,7 @@ class Ledger:
         if not self._steps or metadata.get("source") != "loop":
             return {}, []  # a step's own checkpoint tells of it, not a copy or an edit of the last
         conf = config.get("configurable") or {}
-        where = (str(conf.get("thread_id")), str(conf.get("checkpoint_ns", "")))
+        where = _checkpoint_of(conf)
         before, run, step = conf.get("checkpoint_id"), _run(conf), metadata.get("step")
         with self._lock:
             here = {
@@ -134,8 +196,7 @@ class Ledger:
 
     def told(self, config: Any, tasks: list[str]) -> None:
         """Forget ``tasks``: the checkpoint is written."""
-        conf = config.get("configurable") or {}
-        where = (str(conf.get("thread_id")), str(conf.get("checkpoint_ns", "")))
+        where = _checkpoint_of(config.get("configurable") or {})
         with self._lock:
             steps = self._steps.get(where, {})
             for task in tasks:

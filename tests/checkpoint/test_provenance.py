@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import operator
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
+from uuid import uuid4
 
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
@@ -18,9 +22,11 @@ from langgraph.graph import StateGraph as LangGraphStateGraph
 from langgraph.types import Command, Send, interrupt
 from typing_extensions import TypedDict
 
-from langgraph_perf import CachePolicy, MemoryCache, StateGraph
-from langgraph_perf._provenance import Ledger, _Served
+from langgraph_perf import CachePolicy, DiskCache, MemoryCache, StateGraph
+from langgraph_perf._provenance import CHANNEL, Ledger, _Served
 from langgraph_perf.testing import Clock
+
+from .savers import drivers, opened, place
 
 
 class State(TypedDict, total=False):
@@ -267,3 +273,157 @@ def test_another_graph_on_the_saver_tells_of_the_hits_before_a_question() -> Non
         other = build_one(cache)
         other.invoke(Command(resume="yes"), config)
         assert other.get_state(config).metadata["langgraph_perf"]["cached"].keys() == {"work"}
+
+
+def beside(how: str, saver: Any, cache: Any, graph: type[Any] = StateGraph) -> Any:
+    """A node that hits, beside one that asks, fails or kills its process."""
+    policy = {} if cache is None else {"cache_policy": CachePolicy(version=1, key=["query"])}
+    builder = graph(State)
+    builder.add_node("cached", lambda state: {"found": ["c"]}, **policy)
+
+    def other(state: State) -> State:
+        if how == "fails" and graph is StateGraph:
+            raise ValueError("no")
+        return {"found": [interrupt("?") if how == "asks" else "o"]}
+
+    builder.add_node("other", other)
+    builder.add_edge(START, "cached").add_edge(START, "other")
+    return builder.compile(checkpointer=saver, cache=cache)
+
+
+def pending(saver: Any, config: Any) -> list[tuple[str, Any]]:
+    """The channels and values of the pending writes of the latest checkpoint."""
+    return [(channel, value) for _, channel, value in saver.get_tuple(config).pending_writes]
+
+
+@pytest.mark.parametrize("durability", ["sync", "async", "exit"])
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_a_hit_beside_a_question_is_told_by_another_process(
+    kind: str, how: str, durability: Any, request: pytest.FixtureRequest
+) -> None:
+    """Who answers in a process of its own knows nothing of the first one's memory."""
+    thread = str(uuid4())
+    config: Any = {"configurable": {"thread_id": thread}}
+    at = place(kind, request)
+    with MemoryCache() as cache, drivers(how) as driver:
+        with opened(kind, driver, at) as saver:
+            graph = beside("asks", saver, cache)
+            driver.call(graph, "invoke", {"query": "q"}, {"configurable": {"thread_id": "warm"}})
+            driver.call(graph, "invoke", {"query": "q"}, config, durability=durability)
+        with opened(kind, driver, at) as saver:
+            graph = beside("asks", saver, cache)
+            answer = driver.call(graph, "invoke", Command(resume="yes"), config)
+            assert sorted(answer["found"]) == ["c", "yes"]
+            last, *earlier = driver.listed(graph, "get_state_history", config)
+    (served,) = last.metadata["langgraph_perf"]["cached"].items()
+    assert served[0] == "cached"
+    assert served[1]["hits"][0]["step"] == 1
+    assert all("langgraph_perf" not in snapshot.metadata for snapshot in earlier)
+
+
+def test_a_real_other_process_tells_it(tmp_path: Path) -> None:
+    """The one that hits is killed in the middle of the step; this one goes on, and tells."""
+    program = """
+import os, sys
+from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph_perf import DiskCache
+from tests.checkpoint.test_provenance import beside
+
+with SqliteSaver.from_conn_string(sys.argv[1]) as saver:
+    written = saver.put_writes
+    graph = beside("asks", saver, DiskCache(sys.argv[2]))
+    graph.invoke({"query": "q"}, {"configurable": {"thread_id": "warm"}}, durability="sync")
+
+    def put_writes(config, writes, task_id, task_path=""):
+        written(config, writes, task_id, task_path)
+        if any(channel == "found" for channel, _ in writes):
+            os._exit(9)
+
+    saver.put_writes = put_writes
+    graph.invoke({"query": "q"}, {"configurable": {"thread_id": "t"}}, durability="sync")
+"""
+    at, directory = str(tmp_path / "threads.db"), str(tmp_path / "cache")
+    command = [sys.executable, "-c", program, at, directory]
+    assert subprocess.run(command, timeout=120).returncode == 9
+    config: Any = {"configurable": {"thread_id": "t"}}
+    with SqliteSaver.from_conn_string(at) as saver, DiskCache(directory) as cache:
+        graph = beside("asks", saver, cache)
+        graph.invoke(None, config)
+        graph.invoke(Command(resume="yes"), config)
+        assert list(told(graph, "t")[-1]["cached"]) == ["cached"]
+        assert graph.perf.stats().nodes["cached"].hits == 0
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["this library's graph", "plain LangGraph"])
+def test_what_is_pending_of_a_hit_is_seen_by_nobody(bare: bool) -> None:
+    """Neither ``get_tuple`` nor ``list`` give it; plain LangGraph goes on from there as ever."""
+    saver = InMemorySaver()
+    config: Any = {"configurable": {"thread_id": "t"}}
+    with MemoryCache() as cache:
+        graph = beside("fails", saver, cache)
+        for thread in ("warm", "t"):
+            with pytest.raises(ValueError, match="no"):
+                graph.invoke({"query": "q"}, {"configurable": {"thread_id": thread}})
+        assert graph.perf.stats().nodes["cached"].hits == 1
+        assert CHANNEL in dict(pending(saver, config))
+        assert dict(pending(graph.checkpointer, config))["found"] == ["c"]
+        assert CHANNEL not in dict(pending(graph.checkpointer, config))
+        for found in graph.checkpointer.list(config):
+            assert CHANNEL not in [channel for _, channel, _ in found.pending_writes]
+        tasks = {task.name: task.result for task in graph.get_state(config).tasks}
+        assert tasks["cached"] == {"found": ["c"]}
+        going_on = (
+            beside("", saver, None, LangGraphStateGraph) if bare else beside("", saver, cache)
+        )
+        assert going_on.get_state(config).next == ("other",)
+        assert going_on.invoke(None, config)["found"] == ["c", "o"]
+        if not bare:
+            assert list(told(going_on, "t")[-1]["cached"]) == ["cached"]
+
+
+def test_a_node_that_does_run_is_not_told_for_an_earlier_hit() -> None:
+    """What it wrote then was lost, so the step is done again, and it runs."""
+
+    class Loses(InMemorySaver):
+        losing = False
+
+        def put_writes(self, *args: Any) -> None:
+            if self.losing:
+                raise ConnectionError("away")
+            super().put_writes(*args)
+
+    saver = Loses()
+    config: Any = {"configurable": {"thread_id": "t"}}
+    with MemoryCache() as cache:
+        graph = beside("asks", saver, cache)
+        graph.invoke({"query": "q"}, {"configurable": {"thread_id": "warm"}})
+        saver.losing = True
+        with pytest.raises(ConnectionError):
+            graph.invoke({"query": "q"}, config)
+        assert graph.perf.stats().nodes["cached"].hits == 1
+        saver.losing = False
+        config["configurable"]["cache_control"] = {"mode": "refresh"}
+        graph.invoke(None, config)
+        graph.invoke(Command(resume="yes"), config)
+        assert graph.perf.stats().nodes["cached"].hits == 1
+        assert told(graph, "t") == [None] * len(told(graph, "t"))
+
+
+def test_a_step_that_is_done_again_tells_what_the_second_time_did() -> None:
+    """A fork begins where pending writes tell of a hit, and in it the node runs."""
+    saver = InMemorySaver()
+    with MemoryCache() as cache:
+        for thread in ("warm", "t"):
+            with pytest.raises(ValueError, match="no"):
+                beside("fails", saver, cache).invoke(
+                    {"query": "q"}, {"configurable": {"thread_id": thread}}
+                )
+        other = InMemorySaver()  # as another process has it
+        other.storage, other.writes, other.blobs = saver.storage, saver.writes, saver.blobs
+        graph = beside("", other, cache)
+        config = graph.get_state({"configurable": {"thread_id": "t"}}).config
+        config["configurable"]["cache_control"] = {"mode": "refresh"}
+        graph.invoke(None, config)
+        assert graph.perf.stats().nodes["cached"].runs == 1
+        assert told(graph, "t") == [None] * len(told(graph, "t"))
