@@ -48,6 +48,10 @@ _MOST_HITS = 3
 """S3-FIFO counts hits in two bits."""
 
 
+Deps = tuple[tuple[str, str], ...]
+"""Tags and the tokens that they had."""
+
+
 class _Slot:
     __slots__ = ("entry", "hits", "size")
 
@@ -230,6 +234,25 @@ class MemoryCache(TokenCache):
             for key in doomed:
                 self._remove(key)
         return len(doomed)
+
+    def owners(self) -> list[Namespace]:
+        """The owned namespaces of which it has something."""
+        with self._lock:
+            return list(self._owned)
+
+    def deps_of(self, namespace: Namespace) -> list[tuple[FullKey, Deps]]:
+        """What each entry of an owned namespace depends on."""
+        with self._lock:
+            keys = self._owned.get(namespace, ())
+            return [(key, slot.entry.deps) for key in keys if (slot := self._slot(key))]
+
+    def drop(self, entries: Sequence[tuple[FullKey, Deps]]) -> None:
+        """Delete entries, unless they were written again with other dependencies."""
+        with self._lock:
+            for key, deps in entries:
+                slot = self._slot(key)
+                if slot is not None and slot.entry.deps == deps:
+                    self._remove(key)
 
     def stats(self) -> CacheStats:
         """A snapshot of counters and sizes, once what has expired is removed."""

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from langgraph.cache.base import FullKey, Namespace
 
 from langgraph_perf._breaker import Breaker, Guarded, took_its_deadline
+from langgraph_perf.caches._sweep import Sweeper
 from langgraph_perf.caches.base import (
     Cache,
     CacheStats,
@@ -30,6 +31,7 @@ from langgraph_perf.caches.base import (
     servable,
     timely,
 )
+from langgraph_perf.caches.memory import MemoryCache
 from langgraph_perf.errors import ConfigurationError
 
 T = TypeVar("T")
@@ -145,6 +147,10 @@ class TieredCache(Cache):
         self.shared = self._leasing is not None
         self.supports_tags = self._last.cache.supports_tags
         self.timeout = self._last.cache.timeout
+        # of what no other process changes, or nobody can tell, nothing needs to be swept
+        memories = [tier.cache for tier in self._tiers if isinstance(tier.cache, MemoryCache)]
+        sweeps = memories and self._last.cache.shared and self.supports_tags
+        self._sweeper = Sweeper(self, memories) if sweeps else None
         if self._leasing is not None:
             self.lease_seconds = self._leasing.cache.lease_seconds
             self.notifies = self._leasing.cache.notifies
@@ -259,6 +265,8 @@ class TieredCache(Cache):
         stored = False
         for tier in reversed(tiers):
             stored = bool((yield from self._try(tier, "write", key, entry))) or stored
+        if stored and self._sweeper is not None and owned(key[0]):
+            self._sweeper.start()
         return stored
 
     def _writing(self, key: FullKey, entry: Entry, lease: Lease | None) -> Steps[bool]:
@@ -416,6 +424,11 @@ class TieredCache(Cache):
         """Wait for the holder of the lease of ``key``, at most for ``seconds``."""
         self._lessor.cache.pause(key, seconds)
 
+    def current(self, tags: Collection[str]) -> Mapping[str, str] | None:
+        """The current tokens of these tag ids; ``None`` when they cannot be had."""
+        current: Mapping[str, str] | None = _carry_out(self._try(self._last, "peek_tags", tags))
+        return current
+
     @property
     def _lessor(self) -> _Tier:
         return self._leasing or self._last
@@ -464,12 +477,19 @@ class TieredCache(Cache):
     def close(self) -> None:
         """Close every tier; a closed cache answers every lookup with a miss."""
         super().close()
+        self._stop()
         for tier in self._tiers:
             tier.cache.close()
+
+    def _stop(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.stop()
 
     def _after_fork(self) -> None:
         super()._after_fork()
         self._counting = threading.Lock()
+        if self._sweeper is not None:
+            self._sweeper.after_fork()
 
     # -- primitives, awaiting: each tier decides whether it needs a thread ------------------------
 
@@ -537,6 +557,7 @@ class TieredCache(Cache):
     async def aclose(self) -> None:
         """Like ``close``, without blocking the event loop."""
         self._closed = True
+        self._stop()
         for tier in self._tiers:
             await tier.cache.aclose()
 
