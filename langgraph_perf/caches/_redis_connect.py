@@ -14,20 +14,13 @@ from difflib import get_close_matches
 from typing import Any
 from urllib.parse import urlsplit
 
-from langgraph_perf.errors import ConfigurationError
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
-try:
-    import redis
-    import redis.asyncio
-    from redis.asyncio.retry import Retry as AsyncRetry
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-except ModuleNotFoundError as exc:  # pragma: no cover - tested in a process without it
-    if exc.name != "redis":
-        raise
-    raise ImportError(
-        "RedisCache needs the redis package: pip install 'langgraph-perf[redis]'"
-    ) from None
+from langgraph_perf.errors import ConfigurationError
 
 _ACCEPTED = (
     "accepted: a URL (redis://, rediss://, unix://), or a client: redis.Redis, redis.RedisCluster, "

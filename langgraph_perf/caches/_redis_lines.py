@@ -6,193 +6,29 @@ threads or tasks costs about one round trip each way, and nobody waits for a bat
 
 from __future__ import annotations
 
-import asyncio
 import math
-import os
-import queue
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from hashlib import sha1
 from typing import Any, TypeVar
 
 from redis import exceptions
 
-from langgraph_perf._locks import new_lock
+from langgraph_perf.caches._bounded import LOOK, Bounded
+from langgraph_perf.caches._redis_commands import (
+    Command,
+    Commands,
+    Script,
+    Trips,
+    by_digest,
+    in_full,
+    unknown_scripts,
+)
 
 T = TypeVar("T")
-
-_AT_ONCE = 64
-"""Most replies read without letting the event loop do something else."""
-
-
-class Script:
-    """A Lua script; as a command's name it is sent by its digest, and in full if need be."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.sha = sha1(text.encode(), usedforsecurity=False).hexdigest()
-
-
-Command = tuple[Any, ...]
-Commands = Sequence[Command]
-"""What to carry out, answered with a list of replies, an error reply being an exception in it."""
-
-
-def _by_digest(command: Command) -> Command:
-    name = command[0]
-    return ("EVALSHA", name.sha, *command[1:]) if isinstance(name, Script) else command
-
-
-def _in_full(command: Command) -> Command:
-    return ("EVAL", command[0].text, *command[1:])
-
-
-def _unknown_scripts(commands: Commands, replies: list[Any]) -> list[int]:
-    return [
-        i
-        for i, reply in enumerate(replies)
-        if isinstance(reply, exceptions.NoScriptError) and isinstance(commands[i][0], Script)
-    ]
-
-
-class Trips:
-    """Counts batches, whatever becomes of the lines that sent them."""
-
-    def __init__(self) -> None:
-        self._lock = new_lock()  # it outlives the lines, also in a forked child
-        self.count = 0
-
-    def add(self) -> None:
-        """Count one."""
-        with self._lock:
-            self.count += 1
-
-
-_LOOK = 0.05
-"""Seconds after which who waits looks whether anybody is at work: who should have seen to that may
-have been interrupted."""
-
-
-class _Work:
-    __slots__ = ("begun", "bell", "discard", "done", "error", "given_up", "lock", "run", "value")
-
-    def __init__(self, run: Callable[[], Any], discard: Callable[[], object]) -> None:
-        self.run, self.discard = run, discard
-        self.lock = threading.Lock()
-        self.bell = threading.Lock()
-        self.bell.acquire()
-        self.begun = self.done = self.given_up = False
-        self.value: Any = None
-        self.error: BaseException | None = None
-
-    def give_up(self) -> bool:
-        """Whether it had not begun."""
-        with self.lock:
-            self.given_up = not self.done
-            if self.given_up and not self.begun:
-                self.run = self.discard = _nothing  # it stays in the queue
-            return not self.begun
-
-
-class Bounded:
-    """Carries out, in daemon threads, what has no deadline of its own, and waits only so long.
-
-    What hangs keeps its thread; when all hang, nothing else is begun until one comes back.
-    """
-
-    # No events and no conditions: an exception of a signal's handler, raised inside one, can leave
-    # its lock locked for ever.
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._jobs: queue.SimpleQueue[_Work] = queue.SimpleQueue()
-        self._lock = threading.RLock()
-        self._threads = self._idle = 0
-
-    def run(
-        self,
-        work: Callable[[], T],
-        seconds: float,
-        discard: Callable[[], object] | None = None,
-    ) -> T:
-        """What ``work`` returns; when that comes too late, ``discard`` is called instead.
-
-        Raises:
-            TimeoutError: it is not done after so many seconds.
-        """
-        job = _Work(work, discard or _nothing)
-        ends = time.monotonic() + seconds
-        try:
-            self._jobs.put(job)
-            while not job.done:
-                if not job.begun and not self._is_served() and job.give_up():
-                    return work()
-                left = ends - time.monotonic()
-                if left <= 0:
-                    break
-                job.bell.acquire(timeout=min(left, _LOOK))
-        finally:
-            job.give_up()
-        if job.given_up:
-            raise TimeoutError(f"no answer from Redis within {seconds:.3g} seconds")
-        if job.error is not None:
-            raise job.error
-        value: T = job.value
-        return value
-
-    def _is_served(self) -> bool:
-        """Whether a thread will look into the queue; one more is started if it can be of use."""
-        with self._lock:
-            if self._idle < self._jobs.qsize() and self._threads < self._most:
-                thread = threading.Thread(
-                    target=self._serve, name="langgraph-perf-deadline", daemon=True
-                )
-                try:
-                    thread.start()
-                except RuntimeError:  # no more threads, or the interpreter is shutting down
-                    return self._threads > 0
-                self._threads += 1
-        return True
-
-    def _serve(self) -> None:
-        while True:
-            with self._lock:
-                self._idle += 1
-            try:
-                job = self._jobs.get(timeout=1.0)
-            except queue.Empty:
-                with self._lock:
-                    self._idle -= 1
-                    if self._jobs.empty():
-                        # one that was interrupted when it had started this thread did not count it
-                        self._threads = max(0, self._threads - 1)
-                        return
-                continue
-            with self._lock:
-                self._idle -= 1
-            with job.lock:
-                job.begun = not job.given_up
-            if job.begun:
-                try:
-                    job.value = job.run()
-                except BaseException as exc:
-                    job.error = exc
-                with job.lock:
-                    job.done = True
-                    late = job.given_up
-                job.bell.release()
-                if late:
-                    with suppress(Exception):
-                        job.discard()
-                    job.error = None  # its frames hold the connection, in a circle
-            del job
-
-
-def _nothing() -> None: ...
 
 
 class _Timed:
@@ -339,7 +175,7 @@ class Line:
             if self._leader.setdefault(None, job) is job:
                 self._lead()
                 return
-            bell.acquire(timeout=min(left, _LOOK))
+            bell.acquire(timeout=min(left, LOOK))
 
     def _leave(self, job: _Job, led: bool) -> None:
         """The job is over: see that somebody leads those who are left. Whatever is not done here,
@@ -387,10 +223,10 @@ class Line:
     def _carry(self, batch: list[_Job]) -> None:
         ends = max([job.ends for job in batch])
         commands = [command for job in batch for command in job.commands]
-        replies = self._ask([_by_digest(command) for command in commands], ends)
-        unknown = _unknown_scripts(commands, replies)
+        replies = self._ask([by_digest(command) for command in commands], ends)
+        unknown = unknown_scripts(commands, replies)
         if unknown:
-            again = self._ask([_in_full(commands[i]) for i in unknown], ends)
+            again = self._ask([in_full(commands[i]) for i in unknown], ends)
             for i, reply in zip(unknown, again, strict=True):
                 replies[i] = reply
         start = 0
@@ -535,190 +371,11 @@ class ClusterLine:
     def _run(self, command: Command) -> Any:
         try:
             try:
-                return self._client.execute_command(*_by_digest(command))
+                return self._client.execute_command(*by_digest(command))
             except exceptions.NoScriptError:
-                return self._client.execute_command(*_in_full(command))
+                return self._client.execute_command(*in_full(command))
         except exceptions.ResponseError as exc:
             return exc
 
     def close(self) -> None:
         """The client is its maker's to close."""
-
-
-_Asked = tuple[Commands, "asyncio.Future[list[Any]]", float]
-
-
-class AsyncLine:
-    """A connection that the tasks of one event loop share; it ends with its loop."""
-
-    def __init__(
-        self, connect: Callable[[], Any], timeout: float = 1.0, trips: Trips | None = None
-    ) -> None:
-        self._connect = connect
-        self.timeout = timeout
-        self._trips = trips or Trips()
-        self._queue: list[_Asked] = []
-        self._task: asyncio.Task[None] | None = None
-        self._connection: Any = None
-        self._life: AsyncGenerator[None, None] | None = None
-        self._closed = False
-        self.connected = -math.inf
-
-    async def execute(self, commands: Commands, ends: float | None = None) -> list[Any]:
-        """One reply for each command; see ``Line.execute``."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[list[Any]] = loop.create_future()
-        ends = time.monotonic() + self.timeout if ends is None else ends
-        self._queue.append((commands, answer, ends))
-        if self._task is None or self._task.done():
-            self._task = loop.create_task(self._drain())
-        return await answer
-
-    async def _drain(self) -> None:
-        try:
-            while self._queue:
-                batch, self._queue = self._queue, []
-                try:
-                    await self._carry(batch)
-                except Exception as exc:
-                    # those who came meanwhile share its fate: they asked the same server
-                    batch, self._queue = batch + self._queue, []
-                    _fail(batch, exc)
-                except BaseException:
-                    _fail(batch + self._queue, ConnectionError("interrupted"))
-                    self._queue = []
-                    raise
-        finally:
-            self._task = None  # it knows its loop, and the loop is what this line is kept by
-
-    async def _carry(self, batch: list[_Asked]) -> None:
-        # who was cancelled before it was his turn asks nothing
-        batch = [asked for asked in batch if not asked[1].done()]
-        if not batch:
-            return
-        ends = max([ends for _, _, ends in batch])
-        commands = [command for some, _, _ in batch for command in some]
-        replies = await self._ask([_by_digest(command) for command in commands], ends)
-        unknown = _unknown_scripts(commands, replies)
-        if unknown:
-            again = await self._ask([_in_full(commands[i]) for i in unknown], ends)
-            for i, reply in zip(unknown, again, strict=True):
-                replies[i] = reply
-        start = 0
-        for some, answer, _ in batch:
-            end = start + len(some)
-            if not answer.done():
-                answer.set_result(replies[start:end])
-            start = end
-
-    async def _ask(self, commands: Commands, ends: float) -> list[Any]:
-        if self._connection is not None:
-            with suppress(exceptions.ConnectionError):
-                return await self._send(self._connection, commands, ends)
-        if self._closed:
-            raise ConnectionError("the cache is closed")
-        connection, started = self._connect(), time.monotonic()
-        try:
-            await connection.connect()
-        except exceptions.TimeoutError as exc:
-            raise TimeoutError(str(exc)) from exc
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
-        self._connection, self.connected = connection, time.monotonic()
-        if self._closed_meanwhile():
-            await self._disconnect()
-            raise ConnectionError("the cache is closed")
-        if self._life is None:
-            self._life = self._until_the_loop_ends()
-            await self._life.__anext__()
-        return await self._send(connection, commands, ends + self.connected - started)
-
-    async def _send(self, connection: Any, commands: Commands, ends: float) -> list[Any]:
-        self._trips.add()
-        replies: list[Any] = []
-        late = False
-
-        def abort() -> None:
-            nonlocal late
-            late = True
-            if connection._writer is not None:
-                connection._writer.transport.abort()
-
-        left = max(0.0, ends - time.monotonic())
-        timer = asyncio.get_running_loop().call_later(left, abort)
-        try:
-            await connection.send_packed_command(
-                b"".join(connection.pack_commands(commands)), check_health=False
-            )
-            for i in range(1, len(commands) + 1):
-                try:
-                    replies.append(await connection.read_response(disable_decoding=True))
-                except exceptions.ResponseError as exc:
-                    replies.append(exc)
-                if i % _AT_ONCE == 0 or (isinstance(replies[-1], list) and i < len(commands)):
-                    await asyncio.sleep(0)
-            if any(isinstance(reply, exceptions.ReadOnlyError) for reply in replies):
-                await self._disconnect()
-        except BaseException as exc:
-            self._connection = None
-            await connection.disconnect(nowait=True)
-            if self._closed and isinstance(exc, Exception):
-                raise ConnectionError("the cache is closed") from exc
-            if isinstance(exc, exceptions.TimeoutError) or (late and isinstance(exc, Exception)):
-                raise TimeoutError(str(exc) or "no answer from Redis in time") from exc
-            raise
-        finally:
-            timer.cancel()
-        return replies
-
-    def _closed_meanwhile(self) -> bool:
-        return self._closed
-
-    async def _until_the_loop_ends(self) -> AsyncGenerator[None, None]:
-        # `asyncio.run` closes what generators are left, which is the only notice a loop gives
-        try:
-            yield
-        finally:
-            self._life = None
-            await self._disconnect()
-
-    async def aclose(self) -> None:
-        """Close the connection for good; what is under way fails."""
-        self._closed = True
-        if self._life is not None:
-            await self._life.aclose()
-
-    def abandon(self) -> None:
-        """In a forked child: the connection is the parent's, and so is what its loop waits with,
-        so it must not even be closed."""
-        self._closed = True
-        connection, self._connection = self._connection, None
-        writer = getattr(connection, "_writer", None)
-        if writer is None:
-            return
-        connection._writer = connection._reader = None
-        transport = writer.transport
-        # closing would tell the parent's selector to watch the socket no more
-        inner: Any = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
-        layers: list[Any] = [transport, inner]
-        for layer in layers:
-            sock = getattr(layer, "_sock", None)
-            for name in ("_closing", "_closed"):
-                if hasattr(layer, name):
-                    setattr(layer, name, True)
-            if sock is not None:
-                layer._sock = None
-                with suppress(OSError):
-                    os.close(sock.detach())
-
-    async def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.disconnect(nowait=True)
-
-
-def _fail(batch: list[_Asked], error: Exception) -> None:
-    for _, answer, _ in batch:
-        if not answer.done():
-            answer.set_exception(error)

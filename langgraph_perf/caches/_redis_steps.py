@@ -40,8 +40,10 @@ from typing import Any, TypeVar
 
 from langgraph.cache.base import FullKey, Namespace
 
+from langgraph_perf.caches._redis_async_line import AsyncLine
+from langgraph_perf.caches._redis_commands import Command, Script
 from langgraph_perf.caches._redis_connect import Source
-from langgraph_perf.caches._redis_lines import AsyncLine, ClusterLine, Command, Line, Script
+from langgraph_perf.caches._redis_lines import ClusterLine, Line
 from langgraph_perf.caches._redis_listener import Listener
 from langgraph_perf.caches._redis_view import VIEW_SECONDS
 from langgraph_perf.caches.base import (

@@ -6,6 +6,15 @@ and event loops.
 
 from __future__ import annotations
 
+try:
+    import redis as _  # noqa: F401 - before anything below wants it
+except ModuleNotFoundError as exc:  # pragma: no cover - tested in a process without it
+    if exc.name != "redis":
+        raise
+    raise ImportError(
+        "RedisCache needs the redis package: pip install 'langgraph-perf[redis]'"
+    ) from None
+
 import asyncio
 import re
 import threading
@@ -19,8 +28,10 @@ from langgraph.cache.base import FullKey, Namespace
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from langgraph_perf._within import within
+from langgraph_perf.caches._redis_async_line import AsyncLine
+from langgraph_perf.caches._redis_commands import Trips
 from langgraph_perf.caches._redis_connect import Source, unusable
-from langgraph_perf.caches._redis_lines import AsyncLine, ClusterLine, Line, Trips
+from langgraph_perf.caches._redis_lines import ClusterLine, Line
 from langgraph_perf.caches._redis_listener import Listener
 from langgraph_perf.caches._redis_steps import RedisSteps, Steps
 from langgraph_perf.caches._redis_view import TagView

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from langgraph_perf import CachePolicy, MemoryCache, RedisCache, StateGraph, TieredCache
 from langgraph_perf._backend import Backend
 from langgraph_perf._breaker import Breaker
-from langgraph_perf.caches._redis_lines import Bounded
+from langgraph_perf.caches._bounded import Bounded
 from langgraph_perf.caches.base import Cache
 from langgraph_perf.testing import Clock
 from tests.conftest import Threads
