@@ -303,6 +303,8 @@ def test_a_hit_beside_a_question_is_told_by_another_process(
     kind: str, how: str, durability: Any, request: pytest.FixtureRequest
 ) -> None:
     """Who answers in a process of its own knows nothing of the first one's memory."""
+    if how == "async" and sys.version_info < (3, 11):
+        pytest.skip("LangGraph's interrupt() needs Python 3.11 in async graphs")
     thread = str(uuid4())
     config: Any = {"configurable": {"thread_id": thread}}
     at = place(kind, request)
