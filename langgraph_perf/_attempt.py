@@ -208,7 +208,12 @@ class Attempt:
             )
             # what a run itself asks for is a limit for stale results as well
             max_age = shortest(freshness.ttl + freshness.grace, control.ttl)  # type: ignore[arg-type]
+        inside = binding.control.for_nodes(spec.inside) if spec.inside else ()
         mode = control.mode
+        if mode == "use" and any(asked.mode in ("refresh", "bypass") for asked in inside):
+            mode = "refresh"  # or what is asked of a node inside would not come about
+        for asked in inside:
+            max_age = shortest(max_age, asked.ttl)  # type: ignore[arg-type]
         if mode == "use" and binding.forked and policy.on_fork == "refresh":
             mode = "refresh"
 

@@ -52,6 +52,7 @@ class NodeSpec:
             nothing had when the graph was compiled. ``None``: there is no need.
         code_of: the same for the classes of its input; ``None``: they count by name.
         has_subgraph: whether the node contains a graph that may be resumed inside it.
+        inside: the names of the nodes of such graphs.
         remembers: whether it contains one that remembers its earlier runs, so that its result
             depends on more than its input.
         native_async: whether its body runs on the event loop, when there is one.
@@ -73,6 +74,7 @@ class NodeSpec:
         self.identify: Callable[[], str | None] | None = None
         self.code_of: Callable[[type], str] | None = None
         self.has_subgraph = False
+        self.inside: frozenset[str] = frozenset()
         self.remembers = False
         self.native_async = False
         self.retry: Sequence[RetryPolicy] = ()

@@ -17,10 +17,10 @@ from weakref import WeakKeyDictionary
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
+from langgraph_perf._validate import refuse
 from langgraph_perf.errors import ConfigurationError, PoolTimeout
 from langgraph_perf.resources import _offload
 from langgraph_perf.resources._lease import BaseLease
-from langgraph_perf.resources._validate import refuse
 from langgraph_perf.resources._work import running_loop, spawn
 from langgraph_perf.resources.pool import Pool
 from langgraph_perf.resources.resource import Resource

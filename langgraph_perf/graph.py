@@ -204,6 +204,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
             policy = None if node.cache_policy is None else CachePolicy.of(node.cache_policy)
             spec = NodeSpec(graph.name, name, policy, uses, types())
             spec.has_subgraph = bool(node.subgraphs)
+            spec.inside = frozenset(_nodes_in(node.subgraphs))
             spec.remembers = _remembers(node.subgraphs)
             spec.native_async = _runnable_has_native_async(node.bound)
             spec.retry = node.retry_policy or graph.retry_policy or ()
@@ -306,6 +307,14 @@ def _remembers(graphs: Sequence[Any]) -> bool:
         for graph in graphs
         if isinstance(graph, Pregel)
     )
+
+
+def _nodes_in(graphs: Sequence[Any]) -> Iterator[str]:
+    """The names of all nodes of these graphs and the graphs inside them."""
+    for graph in graphs:
+        if isinstance(graph, Pregel):
+            yield from graph.nodes
+            yield from _nodes_in([inner for _, inner in graph.get_subgraphs()])
 
 
 def _field_names(schema: Any) -> set[str]:

@@ -8,14 +8,17 @@ from __future__ import annotations
 import inspect
 import math
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from langgraph.types import CachePolicy as LangGraphCachePolicy
+from typing_extensions import Self
 
+from langgraph_perf import _validate
 from langgraph_perf.errors import ConfigurationError
 
 Scope = Literal["global", "thread", "run"]
@@ -27,8 +30,32 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 _LANGGRAPH_DEFAULT_KEY: Any = LangGraphCachePolicy().key_func
 
 
+class _KnownFields:
+    """Refuses arguments that are no field."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        known = [each.name for each in fields(cls)]  # type: ignore[arg-type]
+        accepted = f"accepted: {', '.join([f'{name}=' for name in known])}"
+        if args:
+            raise ConfigurationError(
+                f"{cls.__name__}: got {args[0]!r:.200} without a name; {accepted}"
+            )
+        for name in kwargs:
+            if name not in known:
+                meant = get_close_matches(name, known, 1) or [_ALSO_CALLED.get(name, "")]
+                hint = f"did you mean {meant[0]}=? " if meant[0] else ""
+                raise ConfigurationError(
+                    f"{cls.__name__}: there is no argument {name}=; {hint}{accepted}"
+                )
+        return super().__new__(cls)
+
+
+_ALSO_CALLED = {"key_func": "key"}
+"""What fields are called in LangGraph's own policy."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class CachePolicy:
+class CachePolicy(_KnownFields):
     """How the results of one node are cached: ``add_node(..., cache_policy=CachePolicy(...))``.
 
     Args:
@@ -76,7 +103,9 @@ class CachePolicy:
                 f"CachePolicy.key: got {self.key!r:.200}, an async function; accepted: a plain "
                 "one, field names or None"
             )
-        if self.key is not None and not callable(self.key):
+        if callable(self.key):
+            _validate.function("CachePolicy", "key", self.key, arguments=("state",))
+        elif self.key is not None:
             names = _names("CachePolicy.key", self.key, "field names, a callable or None")
             if not names:
                 raise ConfigurationError(
@@ -109,7 +138,9 @@ class CachePolicy:
                     "never stale; accepted: ttl= besides, or None"
                 )
             object.__setattr__(self, name, limit)
-        if not callable(self.tags):
+        if callable(self.tags):
+            _validate.function("CachePolicy", "tags", self.tags, arguments=("state",))
+        else:
             tags = _names("CachePolicy.tags", self.tags, "strings or a callable")
             for tag in tags:
                 template_fields(tag)
@@ -125,6 +156,8 @@ class CachePolicy:
                 f"CachePolicy.when: got {self.when!r}; accepted: a callable that takes the result, "
                 "or None to store every result"
             )
+        if self.when is not None:
+            _validate.function("CachePolicy", "when", self.when, arguments=("result",))
         _choice("CachePolicy.on_fork", self.on_fork, get_args(OnFork))
 
     @classmethod
@@ -182,7 +215,7 @@ def template_fields(tag: str) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheControl:
+class CacheControl(_KnownFields):
     """What one run asks of the cache: ``configurable={"cache_control": CacheControl(...)}``.
 
     A plain mapping with the same fields does as well, so that it can travel as JSON. A run may
@@ -234,6 +267,10 @@ class CacheControl:
     def for_node(self, name: str) -> CacheControl:
         """What applies to the node called ``name``."""
         return self.nodes.get(name, self) if self.nodes else self
+
+    def for_nodes(self, names: Collection[str]) -> list[CacheControl]:
+        """What is said of each of these nodes by its name."""
+        return [asked for name, asked in self.nodes.items() if name in names]
 
 
 def _parse(given: Any, where: str, base: CacheControl | None = None) -> CacheControl:

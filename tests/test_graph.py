@@ -657,6 +657,36 @@ def test_subgraphs_inherit_cache_control_and_statistics() -> None:
     assert (stats.hits, stats.runs) == (1, 3)
 
 
+@pytest.mark.parametrize(
+    ("asked", "runs"),
+    [
+        ({"mode": "refresh"}, 2),
+        ({"mode": "bypass"}, 2),
+        ({"ttl": 10}, 2),
+        ({"ttl": 1000}, 1),
+        ({"mode": "use"}, 1),
+    ],
+)
+def test_what_is_asked_of_a_node_inside_is_not_lost_in_a_hit_around_it(
+    asked: dict[str, Any], runs: int
+) -> None:
+    """A stored result of the node around would be one of the results that the run does not want."""
+    clock = Clock()
+    inner = StateGraph(State)
+    inner.add_node("work", lambda state: {"answer": 1}, cache_policy=CachePolicy())
+    middle = StateGraph(State).add_node("inner", inner.add_edge(START, "work").compile())
+    outer = StateGraph(State)
+    compiled = middle.add_edge(START, "inner").compile()
+    outer.add_node("middle", compiled, cache_policy=CachePolicy())
+    graph = outer.add_edge(START, "middle").compile(cache=MemoryCache(clock=clock))
+    graph.invoke({"query": "q"})
+    clock.advance(100)
+    graph.invoke({"query": "q"}, control(nodes={"work": asked}))
+    assert graph.perf.stats().nodes["middle|inner|work"].runs == runs
+    graph.invoke({"query": "q"})
+    assert graph.perf.stats().nodes["middle|inner|work"].runs == runs
+
+
 def test_subgraphs_keep_their_own_cache() -> None:
     """A subgraph compiled with a cache uses that one."""
     own, root = MemoryCache(), MemoryCache()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import dataclasses
 import inspect
 from datetime import timedelta
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from langchain_core.runnables import RunnableConfig
 from langgraph.cache.memory import InMemoryCache
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import START
 from langgraph.graph import StateGraph as LangGraphStateGraph
 from langgraph.types import CachePolicy as LangGraphPolicy
@@ -90,8 +93,47 @@ def test_a_policy_does_not_change() -> None:
     assert policy.key == ("query",)
     with pytest.raises(AttributeError):
         policy.ttl = 5  # type: ignore[misc]
-    with pytest.raises(TypeError):
-        CachePolicy(["query"])  # type: ignore[misc]
+    assert copy.copy(policy) == dataclasses.replace(policy) == policy
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: CachePolicy(["query"]), "got ['query'] without a name"),  # type: ignore[misc]
+        (lambda: CachePolicy(keys=["q"]), "no argument keys=; did you mean key=?"),  # type: ignore[call-arg]
+        (lambda: CachePolicy(key_func=str), "did you mean key=?"),  # type: ignore[call-arg]
+        (lambda: CachePolicy(colour=1), "no argument colour=; accepted: key="),  # type: ignore[call-arg]
+        (lambda: CacheControl(mod="use"), "did you mean mode=?"),  # type: ignore[call-arg]
+    ],
+)
+def test_an_argument_that_there_is_not(make: Any, says: str) -> None:
+    """It is named, with what is accepted and may have been meant."""
+    with pytest.raises(ConfigurationError) as caught:
+        make()
+    assert says in str(caught.value)
+    assert "accepted: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"key": lambda state, config: 1},
+        {"tags": lambda state, runtime: []},
+        {"when": lambda: True},
+    ],
+)
+def test_functions_that_cannot_be_called_with_what_they_get(policy: dict[str, Any]) -> None:
+    """They would leave the node uncached for ever."""
+    (name,) = policy
+    with pytest.raises(ConfigurationError, match=rf"CachePolicy: {name} is called as {name}\("):
+        CachePolicy(**policy)
+
+
+@pytest.mark.parametrize("serde", [5, "x", JsonPlusSerializer, object()])
+def test_what_is_no_serde(serde: Any) -> None:
+    """It would fail with each result, and nothing would ever be stored."""
+    with pytest.raises(ConfigurationError, match=r"MemoryCache: serde: got .*; accepted: an object"):
+        MemoryCache(serde=serde)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_the_exports() -> None:
 def test_nothing_is_offered_that_does_not_work() -> None:
     """What is planned has no field, method or name yet that could be used in vain."""
     assert "stream" not in {field.name for field in dataclasses.fields(langgraph_perf.CachePolicy)}
-    with pytest.raises(TypeError, match="stream"):
+    with pytest.raises(langgraph_perf.ConfigurationError, match="stream"):
         langgraph_perf.CachePolicy(stream=True)  # type: ignore[call-arg]
     assert not hasattr(Perf, "explain")
     assert not hasattr(langgraph_perf, "OBSERVED")

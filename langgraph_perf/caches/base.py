@@ -170,6 +170,13 @@ class Cache(BaseCache[Any]):
         serde: SerializerProtocol | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        if serde is not None and not (
+            isinstance(serde, SerializerProtocol) and not isinstance(serde, type)
+        ):
+            raise ConfigurationError(
+                f"{type(self).__name__}: serde: got {serde!r:.200}; accepted: an object with "
+                "dumps_typed and loads_typed, such as LangGraph's EncryptedSerializer(...), or None"
+            )
         super().__init__(serde=serde)
         if not callable(clock):
             raise ConfigurationError(

@@ -9,8 +9,8 @@ import weakref
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any
 
+from langgraph_perf._validate import describe, function
 from langgraph_perf.errors import ConfigurationError
-from langgraph_perf.resources._validate import describe, function
 
 logger = logging.getLogger("langgraph_perf")
 

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from types import CodeType, TracebackType
 from typing import Any, Generic, TypeVar
 
+from langgraph_perf._validate import describe, function
 from langgraph_perf.errors import ConfigurationError, LeaseError, PoolClosed
 from langgraph_perf.resources import _lease, _lifecycle, _offload
 from langgraph_perf.resources._lease import Heartbeat, taken_at
 from langgraph_perf.resources._stats import ResourceStats
 from langgraph_perf.resources._turns import Turns
-from langgraph_perf.resources._validate import describe, function
 from langgraph_perf.resources._work import in_background, off_loop, start_on
 from langgraph_perf.resources.resource import Resource, owner_name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from langgraph_perf.resources import _validate
+from langgraph_perf import _validate
 from langgraph_perf.resources._exclusive import AsyncExclusiveLease, ExclusiveCore, ExclusiveLease
 from langgraph_perf.resources._hooks import Hooks
 from langgraph_perf.resources._ledger import Limits

@@ -14,10 +14,10 @@ from types import CodeType, TracebackType
 from typing import Any, NamedTuple
 
 from langgraph_perf._locks import new_lock
+from langgraph_perf._validate import seconds
 from langgraph_perf.errors import ConfigurationError, LeaseError
 from langgraph_perf.resources._lease import Heartbeat
 from langgraph_perf.resources._stats import ResourceStats
-from langgraph_perf.resources._validate import seconds
 from langgraph_perf.resources.pool import Pool
 from langgraph_perf.resources.resource import Resource
 from langgraph_perf.resources.use import Use, Want

@@ -9,12 +9,12 @@ from collections.abc import Hashable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, ClassVar, Generic, TypeVar
 
+from langgraph_perf._validate import describe, seconds
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.resources._core import Core
 from langgraph_perf.resources._entry import UNUSED
 from langgraph_perf.resources._lease import AsyncLease, Heartbeat, Lease
 from langgraph_perf.resources._stats import ResourceStats
-from langgraph_perf.resources._validate import describe, seconds
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from langgraph_perf._validate import describe, refuse
 from langgraph_perf.errors import ConfigurationError
-from langgraph_perf.resources._validate import describe, refuse
 
 
 class Want(NamedTuple):
