@@ -176,7 +176,7 @@ class Attempt:
             raise Uncached("resumed")
         runtime = conf.get(CONFIG_KEY_RUNTIME)
         scope = self.scope
-        tags: tuple[str, ...] = call_tags(policy, self.input)
+        tags: tuple[str, ...] = call_tags(policy, self.input, runtime, conf)
         seal = Seal.of(binding.serde, backend.cache)
         try:
             digest = call_key(spec, self.input, tags, runtime, binding, seal is not None, conf)

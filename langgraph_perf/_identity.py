@@ -15,7 +15,7 @@ from langgraph_perf._owner import Owner, made_in, run_id_of, run_namespace, thre
 from langgraph_perf.caches.base import tag_id
 from langgraph_perf.codec import Allowlist
 from langgraph_perf.errors import ConfigurationError
-from langgraph_perf.policy import CachePolicy, Scope, template_fields
+from langgraph_perf.policy import CachePolicy, Scope, template_parts
 from langgraph_perf.stats import NodeCounters
 
 if TYPE_CHECKING:
@@ -198,8 +198,11 @@ def call_marks(owner: Owner | None, config: Any) -> Tags:
     return () if run_id is None else (made_in(run_id),)
 
 
-def call_tags(policy: CachePolicy, state: Any) -> tuple[str, ...]:
-    """The ids of the tags that the result for this input depends on."""
+def call_tags(
+    policy: CachePolicy, state: Any, runtime: Any, conf: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The ids of the tags that the result for this input depends on, in a run with this
+    ``configurable``."""
     if not policy.tags:
         return ()
     if callable(policy.tags):
@@ -211,26 +214,35 @@ def call_tags(policy: CachePolicy, state: Any) -> tuple[str, ...]:
         except Exception as exc:
             raise Uncached("tags_raised", f"tags= raised {type(exc).__name__}: {exc}") from None
     else:
-        names = [_filled(tag, state) for tag in policy.tags]
+        run = {"context": getattr(runtime, "context", None), "configurable": conf}
+        names = [_filled(tag, state, run) for tag in policy.tags]
     for name in names:
         if not isinstance(name, str):
             raise Uncached("tags_raised", f"tags= gave {name!r}, which is no string")
     return tuple(sorted({tag_id(name) for name in names}))
 
 
-def _filled(tag: str, state: Any) -> str:
-    values: dict[str, Any] = {}
-    for name in template_fields(tag):
-        value = _field(state, name)
+def _filled(tag: str, state: Any, run: Mapping[str, Any]) -> str:
+    out: list[str] = []
+    for text, name in template_parts(tag):
+        out.append(text)
+        if name is None:
+            continue
+        value: Any = run if "." in name else state
+        for step in name.split("."):
+            value = _field(value, step)
         # the text of anything else may differ between two equal values
         if value is _MISSING or not isinstance(value, str | int | float | bool | None):
-            given = "is not in the input" if value is _MISSING else f"is a {type(value).__name__}"
+            where = "run" if "." in name else "input"
+            given = f"is not in the {where}"
+            if value is not _MISSING:
+                given = f"is a {type(value).__name__}"
             raise Uncached(
                 "tags_raised",
                 f"the tag {tag!r} takes the text of a string, number or None, but {name!r} {given}",
             )
-        values[name] = value
-    return tag.format_map(values)
+        out.append(format(value))
+    return "".join(out)
 
 
 def _field(state: Any, name: str) -> Any:

@@ -256,7 +256,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
                 )
 
     def _check_policy(self, name: str, policy: CachePolicy) -> None:
-        self._check_vary(name, policy)
+        self._check_context(name, policy)
         known = list(self.schemas[self.nodes[name].input_schema])
         if "__root__" in known:
             return
@@ -267,14 +267,14 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
                 "declares them with input_schema="
             )
 
-    def _check_vary(self, name: str, policy: CachePolicy) -> None:
+    def _check_context(self, name: str, policy: CachePolicy) -> None:
         known = _field_names(self.context_schema)
-        for part in policy.vary or ():
+        for where, part in policy.outside:
             root, _, rest = part.partition(".")
             field = rest.partition(".")[0]
             if root == "context" and field and known and field not in known:
                 raise ConfigurationError(
-                    f"node {name!r}, CachePolicy.vary: the graph's context_schema has no field "
+                    f"node {name!r}, CachePolicy.{where}: the graph's context_schema has no field "
                     f"{field!r}; accepted: {', '.join(sorted(known))}"
                 )
 

@@ -47,7 +47,8 @@ def get_cache(namespace: str, config: RunnableConfig | None = None) -> ItemCache
     """The item cache called ``namespace``, inside a node.
 
     Entries live in the cache that the graph was compiled with and are shared by all graphs that
-    use the same name on it. Outside a run, or without a compiled cache, it just computes. The
+    use the same name on it: nothing of the run or of the code is in their keys but the name and the
+    key that they are given. Outside a run, or without a compiled cache, it just computes. The
     run's ``cache_control`` for the node applies to its items too, and items made in a node whose
     results belong to a thread or run (``scope=``) belong to it as well.
 

@@ -75,7 +75,8 @@ class CachePolicy(_KnownFields):
         stale_if_error: how long past its ``ttl`` a result may be served when the node, run again,
             raises; ``None``: not at all.
         tags: names the result depends on, for ``cache.invalidate(tag)``. Strings whose ``{field}``
-            is filled from the node's input, or one callable that returns such names.
+            is filled from the node's input, and ``{context.user_id}`` or ``{configurable.user_id}``
+            from the run, or one callable that returns such names for the input.
         version: replaces the automatic fingerprint of the node's code.
         when: called with the result; store it only if this returns true.
         on_fork: what a run does that starts from a checkpoint named by its caller
@@ -191,11 +192,24 @@ class CachePolicy(_KnownFields):
         asked = [("key", name) for name in self.key] if isinstance(self.key, tuple) else []
         if isinstance(self.tags, tuple):
             asked += [("tags", name) for tag in self.tags for name in template_fields(tag)]
-        return [(where, name) for where, name in asked if name not in known]
+        return [(where, name) for where, name in asked if name not in known and "." not in name]
+
+    @property
+    def outside(self) -> list[tuple[str, str]]:
+        """``(policy field, name)`` for each part of the context or of ``configurable`` it names."""
+        asked = [("vary", name) for name in self.vary or ()]
+        if isinstance(self.tags, tuple):
+            asked += [("tags", name) for tag in self.tags for name in template_fields(tag)]
+        return [(where, name) for where, name in asked if where == "vary" or "." in name]
 
 
 def template_fields(tag: str) -> list[str]:
-    """The state fields a tag template names: ``["user_id"]`` for ``"user:{user_id}"``."""
+    """The fields a tag template names: ``["user_id"]`` for ``"user:{user_id}"``."""
+    return [name for _, name in template_parts(tag) if name is not None]
+
+
+def template_parts(tag: str) -> list[tuple[str, str | None]]:
+    """What a tag is made of: texts, and for each the field after it, if there is one."""
     try:
         parsed = list(string.Formatter().parse(tag))
     except ValueError as exc:
@@ -203,15 +217,22 @@ def template_fields(tag: str) -> list[str]:
             f"CachePolicy.tags: got {tag!r}, which is no template ({exc}); accepted: text with "
             "{field} for state fields, and {{ }} for braces"
         ) from None
-    names = [name for _, name, _, _ in parsed if name is not None]
     for _, name, spec, conversion in parsed:
-        if name is not None and (spec or conversion or not name.isidentifier()):
+        if name is not None and (spec or conversion or not _is_field(name)):
             raise ConfigurationError(
                 f"CachePolicy.tags: got {tag!r} with the field {name!r}; accepted: plain state "
-                "field names such as {user_id}, without a format; for anything else give "
+                "field names such as {user_id}, and parts of the context or of configurable such "
+                "as {context.user_id}, without a format; for anything else give "
                 "tags=callable(state)"
             )
-    return names
+    return [(text, name) for text, name, _, _ in parsed]
+
+
+def _is_field(name: str) -> bool:
+    root, *path = name.split(".")
+    if path and (root not in ("context", "configurable") or path[0].startswith("__")):
+        return False
+    return all(part.isidentifier() for part in (root, *path))
 
 
 @dataclass(frozen=True, kw_only=True)

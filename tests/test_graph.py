@@ -121,6 +121,44 @@ def test_context_and_configurable_are_in_the_key_as_vary_says() -> None:
     assert count(CachePolicy(vary=["configurable"])) == 2
 
 
+@pytest.mark.parametrize(
+    ("tag", "run"),
+    [
+        ("user:{context.user_id}", lambda user: {"context": Context(user)}),
+        ("user:{configurable.user}", lambda user: {"config": {"configurable": {"user": user}}}),
+        (
+            "user:{configurable.thread_id}",
+            lambda user: {"config": {"configurable": {"thread_id": user}}},
+        ),
+    ],
+)
+def test_tags_may_name_who_runs_the_graph(tag: str, run: Any) -> None:
+    """Users are in the context or in ``configurable`` more often than in the input."""
+    cache = MemoryCache()
+    builder = StateGraph(State, context_schema=Context)
+    policy = CachePolicy(version=1, tags=[tag])
+    builder.add_node("node", lambda state: {"answer": 1}, cache_policy=policy)
+    graph = builder.add_edge(START, "node").compile(cache=cache)
+    for _ in range(2):
+        for user in ("ann", "bob"):
+            graph.invoke({"query": "q"}, **run(user))
+    assert runs_of(graph) == 2
+    cache.invalidate("user:ann")
+    for user in ("ann", "bob"):
+        graph.invoke({"query": "q"}, **run(user))
+    assert runs_of(graph) == 3
+    graph.invoke({"query": "q"})  # nobody's: it cannot be told what it depends on
+    graph.invoke({"query": "q"})
+    assert runs_of(graph) == 5
+
+
+@pytest.mark.parametrize("tag", ["{context.nobody}", "{state.query}", "{configurable.__x}"])
+def test_tags_that_name_what_no_run_has(tag: str) -> None:
+    """Refused when the graph is built."""
+    with pytest.raises(ConfigurationError, match=r"CachePolicy\.tags.*accepted: "):
+        build(lambda state: {}, CachePolicy(tags=[tag]), context_schema=Context)
+
+
 def test_identity_of_thread_run_and_request_is_not_in_the_key() -> None:
     """Another thread, run or request hits; another user of the server does not."""
     graph = build(lambda state: {"answer": 1})

@@ -132,7 +132,7 @@ def test_functions_that_cannot_be_called_with_what_they_get(policy: dict[str, An
 @pytest.mark.parametrize("serde", [5, "x", JsonPlusSerializer, object()])
 def test_what_is_no_serde(serde: Any) -> None:
     """It would fail with each result, and nothing would ever be stored."""
-    with pytest.raises(ConfigurationError, match=r"MemoryCache: serde: got .*; accepted: an object"):
+    with pytest.raises(ConfigurationError, match=r"MemoryCache: serde: got .*; accepted: "):
         MemoryCache(serde=serde)
 
 

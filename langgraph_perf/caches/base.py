@@ -549,7 +549,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset_after_fork)
 
 
-TEMPLATE = re.compile(r"\{[A-Za-z_]\w*\}")
+TEMPLATE = re.compile(r"\{[A-Za-z_][\w.]*\}")
 """A field of a template, as the tags of a ``CachePolicy`` have them."""
 
 
