@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 import types
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+from uuid import uuid4
 
 # private names of LangGraph; tests/checkpoint/test_threads.py fails when they change
 from langgraph._internal._constants import NS_END, NS_SEP, RETURN
@@ -27,6 +29,7 @@ from langgraph_perf._locks import new_lock
 from langgraph_perf._provenance import CHANNEL, METADATA, Ledger
 
 Saver = BaseCheckpointSaver[Any]
+logger = logging.getLogger("langgraph_perf")
 
 
 def bound(saver: Saver, lives: Lives) -> Saver:
@@ -177,19 +180,31 @@ async def _aput(
 def _put_writes(
     self: Any, config: Any, writes: Any, task_id: str, *args: Any, **kwargs: Any
 ) -> Any:
-    told = self.provenance.pending(config, task_id)
-    return self._saver.put_writes(
-        config, [*writes, *told] if told else writes, task_id, *args, **kwargs
-    )
+    told = self.provenance.wrote(config, task_id, writes)
+    result = self._saver.put_writes(config, writes, task_id, *args, **kwargs)
+    if told:
+        with _untold():
+            self._saver.put_writes(config, [(CHANNEL, told)], str(uuid4()))
+    return result
 
 
 async def _aput_writes(
     self: Any, config: Any, writes: Any, task_id: str, *args: Any, **kwargs: Any
 ) -> Any:
-    told = self.provenance.pending(config, task_id)
-    return await self._saver.aput_writes(
-        config, [*writes, *told] if told else writes, task_id, *args, **kwargs
-    )
+    told = self.provenance.wrote(config, task_id, writes)
+    result = await self._saver.aput_writes(config, writes, task_id, *args, **kwargs)
+    if told:
+        with _untold():
+            await self._saver.aput_writes(config, [(CHANNEL, told)], str(uuid4()))
+    return result
+
+
+@contextmanager
+def _untold() -> Iterator[None]:
+    try:
+        yield
+    except Exception:  # the run does not depend on it
+        logger.debug("what came from the cache is not told to other processes", exc_info=True)
 
 
 def _get_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -209,13 +224,27 @@ async def _aget_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _list(self: Any, *args: Any, **kwargs: Any) -> Any:
-    for found in self._saver.list(*args, **kwargs):
-        yield _read(None, found)
+    found = self._saver.list(*args, **kwargs)
+    return [_read(None, each) for each in found] if isinstance(found, list) else _each(found)
+
+
+def _each(found: Any) -> Iterator[Any]:
+    try:
+        for each in found:
+            yield _read(None, each)
+    finally:
+        if hasattr(found, "close"):
+            found.close()
 
 
 async def _alist(self: Any, *args: Any, **kwargs: Any) -> Any:
-    async for found in self._saver.alist(*args, **kwargs):
-        yield _read(None, found)
+    found = self._saver.alist(*args, **kwargs)
+    try:
+        async for each in found:
+            yield _read(None, each)
+    finally:
+        if hasattr(found, "aclose"):
+            await found.aclose()
 
 
 def _read(ledger: Ledger | None, found: Any) -> Any:
@@ -223,9 +252,9 @@ def _read(ledger: Ledger | None, found: Any) -> Any:
     left = found.pending_writes if found is not None else None
     if not left or not any(channel == CHANNEL for _, channel, _ in left):
         return found
-    for task, channel, record in left:
+    for _, channel, told in left:
         if ledger is not None and channel == CHANNEL:
-            ledger.learn(found.config, task, record)
+            ledger.learn(found.config, told)
     return found._replace(pending_writes=[write for write in left if write[1] != CHANNEL])
 
 

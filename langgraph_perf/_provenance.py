@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,13 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.tracers.base import BaseTracer
 
 # private names of LangGraph, each with a test in tests/checkpoint/test_provenance.py
-from langgraph._internal._constants import CONFIG_KEY_CHECKPOINTER, CONFIG_KEY_TASK_ID, NS_SEP
+from langgraph._internal._constants import (
+    CONFIG_KEY_CHECKPOINTER,
+    CONFIG_KEY_TASK_ID,
+    ERROR,
+    INTERRUPT,
+    NS_SEP,
+)
 
 from langgraph_perf._binding import BINDING, Binding
 from langgraph_perf._locks import new_lock
@@ -24,8 +31,9 @@ if TYPE_CHECKING:
 METADATA = "langgraph_perf"
 """Under which key traces and checkpoints tell of the cache."""
 CHANNEL = "__langgraph_perf_served"
-"""Under which name a task's pending writes tell of it, until the checkpoint of its step does: that
-may be written by another process. LangGraph passes over what is no channel of a graph."""
+"""Under which name a step that stops, for a human or an error, tells of its hits until there is its
+checkpoint: that may be written by another process. It is a write of no task of the graph, so that
+LangGraph passes over it."""
 _MOST_STEPS = 4096
 """How many steps of which no checkpoint was written yet are remembered: runs that wait for a human
 may never go on."""
@@ -80,6 +88,8 @@ class _Served:
         run: identifies the run that it was part of.
         step: of the graph.
         before: id of the checkpoint that its step started from.
+        written: whether its task is done.
+        recorded: whether that is told for other processes.
     """
 
     node: str
@@ -89,9 +99,12 @@ class _Served:
     run: str | None
     step: int = 0
     before: str | None = None
+    written: bool = False
+    recorded: bool = False
 
 
 _RECORD = ("node", "key", "age", "code", "step")
+_STOPS = (ERROR, INTERRUPT)
 
 
 def _step_of(conf: Mapping[str, Any]) -> tuple[str, str]:
@@ -111,6 +124,8 @@ class Ledger:
     def __init__(self) -> None:
         self._lock = new_lock()
         self._steps: OrderedDict[tuple[str, str], dict[str, _Served]] = OrderedDict()
+        self._stopped: OrderedDict[tuple[str, str], str | None] = OrderedDict()
+        """After which checkpoint a step has stopped."""
 
     def add(self, config: RunnableConfig, served: _Served) -> None:
         """Remember ``served`` until the checkpoint of its step is written."""
@@ -140,24 +155,49 @@ class Ledger:
 
     # -- until the checkpoint is written, for other processes ------------------------------------
 
-    def pending(self, config: Any, task: str) -> list[tuple[str, Any]]:
-        """What to write with the writes of ``task``, which go to the checkpoint in ``config``."""
-        if not self._steps:
-            return []
-        conf = config.get("configurable") or {}
-        with self._lock:
-            served = self._steps.get(_checkpoint_of(conf), {}).get(task)
-        if served is None or served.before != conf.get("checkpoint_id"):
-            return []
-        record = {name: getattr(served, name) for name in _RECORD}
-        return [(CHANNEL, record)]
+    def wrote(self, config: Any, task: str, writes: Any) -> dict[str, Any]:
+        """A task's writes go to the checkpoint in ``config``.
 
-    def learn(self, config: Any, task: str, record: Mapping[str, Any]) -> None:
-        """Remember what was written with the writes of ``task`` to the checkpoint in ``config``."""
+        Returns:
+            what is to be told for other processes: what was served to tasks that are done, by task.
+        """
+        stops = any(channel in _STOPS for channel, _ in writes)
+        if not (stops or self._steps):
+            return {}
         conf = config.get("configurable") or {}
-        served = _Served(**{name: record[name] for name in _RECORD}, run=None)
-        served.before = conf.get("checkpoint_id")
-        self._put(_checkpoint_of(conf), task, served)
+        where, before = _checkpoint_of(conf), conf.get("checkpoint_id")
+        with self._lock:
+            tasks = self._steps.get(where, {})
+            if stops:
+                tasks.pop(task, None)  # it has to be done again
+                self._stopped[where] = before
+                self._stopped.move_to_end(where)
+                if len(self._stopped) > _MOST_STEPS:
+                    self._stopped.popitem(last=False)
+            elif task in tasks and tasks[task].before == before:
+                tasks[task].written = True
+            if where not in self._stopped or self._stopped[where] != before:
+                return {}
+            told = {
+                task: served
+                for task, served in tasks.items()
+                if served.before == before and served.written and not served.recorded
+            }
+            for served in told.values():
+                served.recorded = True
+        return {
+            task: {name: getattr(served, name) for name in _RECORD} for task, served in told.items()
+        }
+
+    def learn(self, config: Any, told: Any) -> None:
+        """Remember what another process told of the step after the checkpoint in ``config``."""
+        conf = config.get("configurable") or {}
+        with suppress(AttributeError, KeyError, TypeError):  # by another version
+            for task, record in told.items():
+                served = _Served(**{name: record[name] for name in _RECORD}, run=None)
+                served.before = conf.get("checkpoint_id")
+                served.written = served.recorded = True
+                self._put(_checkpoint_of(conf), task, served)
 
     # -- when it is written -----------------------------------------------------------------------
 
@@ -191,8 +231,9 @@ class Ledger:
         """Forget what is of these threads."""
         gone = {str(thread) for thread in threads}
         with self._lock:
-            for where in [where for where in self._steps if where[0] in gone]:
-                del self._steps[where]
+            for known in (self._steps, self._stopped):
+                for where in [where for where in known if where[0] in gone]:
+                    del known[where]
 
     def told(self, config: Any, tasks: list[str]) -> None:
         """Forget ``tasks``: the checkpoint is written."""
@@ -203,3 +244,4 @@ class Ledger:
                 steps.pop(task, None)
             if not steps:
                 self._steps.pop(where, None)
+                self._stopped.pop(where, None)

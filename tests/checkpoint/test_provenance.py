@@ -6,7 +6,7 @@ import operator
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import uuid4
@@ -325,7 +325,7 @@ def test_a_hit_beside_a_question_is_told_by_another_process(
 
 
 def test_a_real_other_process_tells_it(tmp_path: Path) -> None:
-    """The one that hits is killed in the middle of the step; this one goes on, and tells."""
+    """The one that hits is killed once it has asked; this one goes on, and tells."""
     program = """
 import os, sys
 from langgraph.checkpoint.sqlite import SqliteSaver
@@ -333,17 +333,10 @@ from langgraph_perf import DiskCache
 from tests.checkpoint.test_provenance import beside
 
 with SqliteSaver.from_conn_string(sys.argv[1]) as saver:
-    written = saver.put_writes
     graph = beside("asks", saver, DiskCache(sys.argv[2]))
-    graph.invoke({"query": "q"}, {"configurable": {"thread_id": "warm"}}, durability="sync")
-
-    def put_writes(config, writes, task_id, task_path=""):
-        written(config, writes, task_id, task_path)
-        if any(channel == "found" for channel, _ in writes):
-            os._exit(9)
-
-    saver.put_writes = put_writes
-    graph.invoke({"query": "q"}, {"configurable": {"thread_id": "t"}}, durability="sync")
+    for thread in ("warm", "t"):
+        graph.invoke({"query": "q"}, {"configurable": {"thread_id": thread}}, durability="sync")
+    os._exit(9)
 """
     at, directory = str(tmp_path / "threads.db"), str(tmp_path / "cache")
     command = [sys.executable, "-c", program, at, directory]
@@ -351,7 +344,6 @@ with SqliteSaver.from_conn_string(sys.argv[1]) as saver:
     config: Any = {"configurable": {"thread_id": "t"}}
     with SqliteSaver.from_conn_string(at) as saver, DiskCache(directory) as cache:
         graph = beside("asks", saver, cache)
-        graph.invoke(None, config)
         graph.invoke(Command(resume="yes"), config)
         assert list(told(graph, "t")[-1]["cached"]) == ["cached"]
         assert graph.perf.stats().nodes["cached"].hits == 0
@@ -429,3 +421,61 @@ def test_a_step_that_is_done_again_tells_what_the_second_time_did() -> None:
         graph.invoke(None, config)
         assert graph.perf.stats().nodes["cached"].runs == 1
         assert told(graph, "t") == [None] * len(told(graph, "t"))
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("how", ["fails", "asks"])
+@pytest.mark.parametrize("bare", [False, True], ids=["this library's graph", "plain LangGraph"])
+def test_a_hit_whose_router_stops_is_no_hit_yet(kind: str, how: str, bare: bool) -> None:
+    """The task is not done: it is done again, whoever goes on, and all it then writes is kept."""
+
+    def story(first: type[Any], second: type[Any]) -> Any:
+        stops = {"router": False, "sibling": False}
+
+        def route(state: State) -> list[str]:
+            if how == "asks":
+                if stops["router"] or interrupted:
+                    interrupted.append("?")
+                    interrupt("?")
+            elif stops["router"]:
+                raise ValueError("router")
+            return ["c", "d"]
+
+        def sibling(state: State) -> State:
+            if stops["sibling"]:
+                raise ValueError("sibling")
+            return {"found": ["s"]}
+
+        interrupted: list[str] = []
+
+        def made(graph: type[Any]) -> Any:
+            own = graph is StateGraph
+            builder = graph(State)
+            policy = {"cache_policy": CachePolicy(key=["query"])} if own else {}
+            builder.add_node("a", lambda state: None, **policy).add_node("s", sibling)
+            for name in ("c", "d"):
+                builder.add_node(name, lambda state, name=name: {"found": [name]})
+            builder.add_edge(START, "a").add_edge(START, "s")
+            builder.add_conditional_edges("a", route, ["c", "d"])
+            return builder.compile(checkpointer=saver, cache=cache if own else None)
+
+        with saver_of(kind, "") as saver, MemoryCache() as cache:
+            began, goes_on = made(first), made(second)
+            config: Any = {"configurable": {"thread_id": "t"}}
+            began.invoke({"query": "q"}, {"configurable": {"thread_id": "warm"}})
+            stops.update(router=True)
+            with suppress(ValueError):
+                began.invoke({"query": "q"}, config)
+            state = goes_on.get_state(config)
+            asked = [i.value for task in state.tasks for i in task.interrupts]
+            told_of = [state.next, asked]
+            stops.update(router=False, sibling=how == "fails")
+            with suppress(ValueError):
+                goes_on.invoke(Command(resume="yes") if how == "asks" else None, config)
+            stops.update(sibling=False)
+            goes_on.invoke(None, config)
+            return told_of, sorted(goes_on.get_state(config).values["found"])
+
+    want = story(LangGraphStateGraph, LangGraphStateGraph)
+    assert want[1] == ["c", "d", "s"]
+    assert story(StateGraph, LangGraphStateGraph if bare else StateGraph) == want
