@@ -9,7 +9,6 @@ from typing import Any
 
 from langgraph.cache.base import Namespace
 
-from langgraph_perf import _messages_again
 from langgraph_perf._backend import Backend, owner_tag
 from langgraph_perf._binding import BINDING, Binding, owner_forgotten
 from langgraph_perf._owner import DEAD, made_in, run_id_of, thread_namespace
@@ -51,7 +50,6 @@ class Lives:
 
     def _forgotten(self, threads: Sequence[str]) -> tuple[list[Namespace], list[str]]:
         """The namespaces and tags of ``threads``, once the runs of this process know."""
-        _messages_again.forget()  # whosever they are: it takes no time to learn them again
         namespaces = [thread_namespace(str(thread)) for thread in threads]
         tags = [owner_tag(namespace) for namespace in namespaces]
         for backend in self._backends():

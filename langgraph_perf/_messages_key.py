@@ -10,7 +10,6 @@ messages, unchanged, only the rest of it is hashed. For the same conversation in
 from __future__ import annotations
 
 import struct
-from hashlib import sha256
 from itertools import repeat
 from operator import getitem, is_
 from typing import Any, ClassVar
@@ -28,6 +27,7 @@ from langgraph_perf._canonical import (
     builtin_plan,
     general_list,
     mro_of,
+    packed,
     plain,
     refuse,
     text,
@@ -118,6 +118,7 @@ def _dict(encoder: KeyEncoder, value: dict[Any, Any]) -> bytes:
 def _token(encoder: NumberingEncoder, said: Said) -> bytes:
     """What stands for some messages in ``encoder``'s traversal: the digest of what they say, and
     for each of their tool-call ids, the number that it has in the traversal."""
+    encoder.kinds |= said.kinds
     count = len(said.ids)
     raw = b""  # nearly always they are the first ones in it
     if not encoder.ids:
@@ -168,7 +169,7 @@ class _Segment:
         self.places: list[int] = []
         self.names: list[str] = []
         self.raws: list[bytes] = []
-        self.said = Said(None, {})
+        self.said = Said.nothing()
 
     def holds(self, messages: list[BaseMessage]) -> bool:
         """Whether these are the messages, unchanged. There may be thousands: the loops are C's."""
@@ -233,7 +234,7 @@ def _conversation(messages: list[Any], depth: int) -> Said | None:
     """What a list says that begins with a message; ``None`` if it goes on with something else."""
     found = _conversations.entries.get(id(messages[0]))
     known: tuple[_Segment, ...] = found[0] if found else ()
-    said = Said(sha256(), {})
+    said = Said.nothing()
     start = count = 0
     for segment in known:
         end = start + len(segment.owns)
@@ -246,13 +247,13 @@ def _conversation(messages: list[Any], depth: int) -> Said | None:
         return None
     # segments never change, because other threads may be reading them
     if start:
-        said = Said(said.hash.copy(), said.ids.copy())
+        said = said.copy()
     elif found is None and len(messages) >= CHUNK:
 
-        def absorb(first: int, end: int, said: Said) -> None:
-            _absorb(messages[:end], first, said, depth, sure=False)
+        def absorb(some: list[BaseMessage], said: Said) -> None:
+            _absorb(some, 0, said, depth, sure=False)
 
-        start, said = beginning(messages, said, absorb)
+        start, said = beginning(messages, absorb)
     new, said = _absorb(messages, start, said, depth, sure=found is not None)
     if found is None:
         _conversations.put(messages[0], ())
@@ -282,7 +283,7 @@ def _merged(segments: tuple[_Segment, ...]) -> tuple[_Segment, ...]:
 def _alone(message: BaseMessage, depth: int) -> Said:
     """One message alone: too little to be worth remembering."""
     try:
-        return _absorb([message], 0, Said(sha256(), {}), depth, sure=False)[1]
+        return _absorb([message], 0, Said.nothing(), depth, sure=False)[1]
     except Unkeyable as exc:
         exc.path = exc.path.removeprefix("[0]")
         raise
@@ -300,6 +301,7 @@ def _absorb(
     encoder = KeyEncoder()
     encoder.depth = depth
     encoder.ids = ids = said.ids
+    encoder.kinds = said.kinds
     new = messages[start:]
     kinds = {kind: kind_of(kind) for kind in set(map(type, new))}
     # what shows a change comes before the row is made: so it will show what another thread
@@ -354,7 +356,7 @@ def _absorb(
         elif sure:
             _hash(said, rows)
             rows, sure = [], False
-            segment.said = Said(said.hash.copy(), said.ids.copy())
+            segment.said = said.copy()
         try:
             rows.append(kind.full(message, encoder))
         except Unkeyable as exc:
@@ -407,6 +409,8 @@ def _encodable(value: Any) -> Any:
     """The same with strings that hold lone surrogates as bytes; no other cell has such bytes."""
     if type(value) is list:
         return [_encodable(item) for item in value]
+    if type(value) is dict and packed(value) is None:
+        return KeyEncoder().encode(value)  # a tool call's arguments
     if type(value) is str and not value.isascii():
         return value if value.encode(errors="ignore").decode() == value else text(value)
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import gc
 import random
 import threading
@@ -728,22 +729,65 @@ def test_what_packs_alike_is_not_taken_for_the_same(first):
 
 
 def test_a_message_that_changes_while_its_conversation_is_learnt(monkeypatch):
-    """What a message says by the time it is encoded is not kept for what it said before."""
+    """However another thread changes a message and back, what was packed is what was learnt."""
     talk = long_talk()
-    once(talk)
-    want = once(talk[:])
-    forget()
-    once(talk)
+    want = once(talk)
     real = _messages_key._absorb
+    changing: list[BaseMessage] = []
 
-    def late(messages, start, *rest, **options):
-        messages[start].content = "changed"
-        return real(messages, start, *rest, **options)
+    def meanwhile(messages, start, *rest, **options):
+        before = [message.content for message in changing]
+        for message in changing:
+            message.content = "changed"
+        try:
+            return real(messages, start, *rest, **options)
+        finally:
+            for message, content in zip(changing, before, strict=True):
+                message.content = content
 
     with monkeypatch.context() as patched:
-        patched.setattr(_messages_key, "_absorb", late)
-        once(talk)
+        patched.setattr(_messages_key, "_absorb", meanwhile)
+        forget()
+        for _ in range(3):
+            copied = copy.deepcopy(talk)
+            changing[:] = copied[:96:7]
+            digest(("state", {"messages": copied}))
     assert [once(talk) for _ in range(3)] == [want] * 3
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+def test_classes_inside_messages_count_like_others():
+    """What an enum in an artifact stands for is part of the key, however long the conversation."""
+    asked: list[type] = []
+
+    def code_of(kind: type) -> str:
+        asked.append(kind)
+        return "version 1"
+
+    for talk in (loop(), long_talk()):
+        artifact = ToolMessage("x", tool_call_id="1", artifact=Colour.RED)
+        for messages in ([*talk, artifact], [artifact, *talk]):
+            for value in (messages, messages, copy.deepcopy(messages)):
+                asked.clear()
+                one = digest(("state", {"messages": value}), code_of=code_of)
+                assert asked == [Colour]
+                other = digest(("state", {"messages": value}), code_of=lambda kind: "version 2")
+                assert one != other
+
+
+def test_lone_surrogates_in_the_arguments_of_tool_calls():
+    """They are keyed like others, whatever was keyed before."""
+    message = AIMessage("", tool_calls=[call("f", "1", q="\ud800", n=1)])
+    talk = [HumanMessage("hello"), message, AIMessage("", tool_calls=[call("f", "2", q="x")])]
+    want = fresh_key({"messages": copy.deepcopy(talk)})
+    assert key({"messages": talk}) == want
+    assert digest(("state", {"messages": copy.deepcopy(talk)})) == want
+    message.tool_calls[0]["args"]["q"] = "\ud801"
+    assert key({"messages": talk}) != want
+    assert message_digest(message) != message_digest(talk[2])
 
 
 def test_conversations_that_only_begin_alike_are_not_learnt_each_time(absorbed):
@@ -761,20 +805,24 @@ def test_conversations_that_only_begin_alike_are_not_learnt_each_time(absorbed):
 
 def test_what_is_kept_of_conversations_is_bounded(monkeypatch):
     """By bytes, the latest ones are kept; of a long one its beginning."""
-    monkeypatch.setattr(_messages_again, "MOST_BYTES", 200_000)
-    monkeypatch.setattr(_messages_again, "_MOST_OF_ONE", 50_000)
+    monkeypatch.setattr(_messages_again, "MOST_BYTES", 20_000)
+    monkeypatch.setattr(_messages_again, "_MOST_OF_ONE", 10_000)
     talks = [long_talk() for _ in range(12)]
     for _ in range(2):
         for talk in talks:
             once(talk)
             assert once(talk) == once(talk)
-            sizes = map(_messages_again._size, _messages_again._met.values())
-            assert _messages_again._bytes == sum(sizes) <= 200_000
+            sizes = [_messages_again._size(*item) for item in _messages_again._met.items()]
+            assert _messages_again._bytes == sum(sizes) <= 20_000
             assert _messages_again._key_of(talk[0]) in _messages_again._met
     long = long_talk(300)
     assert len({once(long) for _ in range(3)}) == 1
-    known = _messages_again._met[_messages_again._key_of(long[0])]
-    assert 40_000 < _messages_again._size(known) < 60_000
+    key = _messages_again._key_of(long[0])
+    assert 8_000 < _messages_again._size(key, _messages_again._met[key]) < 10_000
+    long[0].id = "x" * 1_000_000
+    before = _messages_again._bytes
+    once(long)
+    assert _messages_again._bytes == before
 
 
 def test_short_conversations_are_not_kept():

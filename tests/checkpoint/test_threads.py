@@ -13,12 +13,11 @@ from typing import Annotated, Any
 from uuid import uuid4
 
 import pytest
-from langchain_core.messages import AnyMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.func import task
-from langgraph.graph import START, add_messages
+from langgraph.graph import START
 from langgraph.graph import StateGraph as LangGraphStateGraph
 from langgraph.types import Command, interrupt
 from typing_extensions import TypedDict
@@ -33,7 +32,6 @@ from langgraph_perf import (
     get_cache,
 )
 from langgraph_perf._backend import Backend, owner_tag
-from langgraph_perf._messages_again import _met, forget
 from langgraph_perf._owner import thread_namespace
 from langgraph_perf.caches.base import Cache, Lookup
 from langgraph_perf.errors import CacheClosed, ConfigurationError
@@ -405,29 +403,6 @@ with SqliteSaver.from_conn_string(sys.argv[1]) as saver:
     graph = build(lambda state: None, DiskCache(sys.argv[2]), saver=saver)
     graph.checkpointer.delete_thread("t")
 """
-
-
-class Chat(TypedDict, total=False):
-    messages: Annotated[list[AnyMessage], add_messages]
-
-
-def test_what_is_remembered_of_a_conversation_goes_with_its_thread() -> None:
-    """Keys of conversations that are read from checkpoints need not be made anew each time; what
-    is kept for that is not kept longer than the thread."""
-    builder = StateGraph(Chat)
-    builder.add_node("answer", lambda state: {}, cache_policy=CachePolicy(version="1"))
-    builder.add_edge(START, "answer")
-    config: Any = {"configurable": {"thread_id": "t"}}
-    with MemoryCache() as cache:
-        graph = builder.compile(checkpointer=InMemorySaver(), cache=cache)
-        forget()
-        graph.update_state(config, {"messages": [HumanMessage(f"secret {n}") for n in range(50)]})
-        for _ in range(3):
-            graph.invoke({"messages": []}, config)
-        assert graph.perf.stats().nodes["answer"].hits == 2
-        assert any(b"secret" in chunk.raw for known in _met.values() for chunk in known.chunks)
-        graph.checkpointer.delete_thread("another")
-        assert not _met
 
 
 def test_a_thread_deleted_by_another_process(tmp_path: Path) -> None:
