@@ -26,6 +26,7 @@ from langgraph_perf._binding import BINDING, Binding
 from langgraph_perf._gathering import part_of, taint
 from langgraph_perf._lives import Lives, at_the_end, kept
 from langgraph_perf._locks import new_lock
+from langgraph_perf._marks import mark_of
 from langgraph_perf._provenance import CHANNEL, METADATA, Ledger
 
 Saver = BaseCheckpointSaver[Any]
@@ -49,10 +50,10 @@ def bound(saver: Saver, lives: Lives) -> Saver:
 
 
 def _told_by(saver: Saver) -> weakref.WeakSet[Lives]:
-    """Who is told by all graphs that have this very saver: they have its threads in common."""
+    """Who is told by all graphs that have this saver: they have its threads in common."""
     with _making:
         try:
-            return _told.setdefault(saver, weakref.WeakSet())
+            return _told.setdefault(mark_of(saver), weakref.WeakSet())
         except TypeError:  # it cannot be hashed, or not be referred to weakly
             return weakref.WeakSet()
 
@@ -61,14 +62,14 @@ def _ledger_of(saver: Saver) -> Ledger:
     """What was served and is in no checkpoint of ``saver`` yet: any of its graphs may write it."""
     with _making:
         try:
-            return _ledgers.setdefault(saver, Ledger())
+            return _ledgers.setdefault(mark_of(saver), Ledger())
         except TypeError:
             return Ledger()
 
 
 _making = new_lock()
-_ledgers: weakref.WeakKeyDictionary[Saver, Ledger] = weakref.WeakKeyDictionary()
-_told: weakref.WeakKeyDictionary[Saver, weakref.WeakSet[Lives]] = weakref.WeakKeyDictionary()
+_ledgers: weakref.WeakKeyDictionary[Any, Ledger] = weakref.WeakKeyDictionary()
+_told: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Lives]] = weakref.WeakKeyDictionary()
 
 
 def bound_to(saver: object, lives: Lives) -> Saver | None:

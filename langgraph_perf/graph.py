@@ -28,6 +28,8 @@ from typing_extensions import Self
 from langgraph_perf._binding import BINDING, Binding, ambient, configurable_of, make_binding
 from langgraph_perf._gathering import part_of, taint
 from langgraph_perf._identity import NodeSpec
+from langgraph_perf._locks import new_lock
+from langgraph_perf._marks import mark
 from langgraph_perf.codec import Allowlist, types_in
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.keys import Unkeyable
@@ -155,6 +157,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
                 "DiskCache(directory), RedisCache(url_or_client), TieredCache(...), any other "
                 "LangGraph BaseCache, or None"
             )
+        mark(checkpointer)
         compiled = super().compile(
             checkpointer,
             cache=cache,
@@ -330,6 +333,9 @@ def _checked(policy: Any) -> Any:
     return None if policy is None else CachePolicy.of(policy)
 
 
+_setting = new_lock()
+
+
 class CompiledGraph(
     CompiledStateGraph[StateT, ContextT, InputT, OutputT],
     Generic[StateT, ContextT, InputT, OutputT],
@@ -347,17 +353,27 @@ class CompiledGraph(
     @property
     def checkpointer(self) -> Any:
         """What keeps the graph's state; it tells the cache what becomes of its threads."""
-        given = self.__dict__.get("checkpointer")
-        perf = self.__dict__.get("_perf")
-        if perf is None:
-            return given  # being made
-        # here, since a server gives a graph its own in many ways
-        made = self.__dict__["checkpointer"] = perf.bound(given)
-        return made
+        while True:
+            given = self.__dict__.get("checkpointer")
+            perf = self.__dict__.get("_perf")
+            if perf is None:
+                return given  # being made
+            # here, since a server gives a graph its own in many ways
+            made = perf.bound(given)
+            if made is given:
+                return made
+            with _setting:
+                # unless another thread has set another one meanwhile
+                if self.__dict__.get("checkpointer") is given:
+                    self.__dict__["checkpointer"] = made
+                    return made
 
     @checkpointer.setter
     def checkpointer(self, checkpointer: Checkpointer) -> None:
-        self.__dict__["checkpointer"] = checkpointer
+        with _setting:
+            self.__dict__["checkpointer"] = checkpointer
+        if "_perf" in self.__dict__:
+            self._perf.unbind()
 
     def copy(self, update: dict[str, Any] | None = None) -> Self:
         """Like LangGraph's ``copy``; the copy shares ``.perf``."""

@@ -159,6 +159,10 @@ class Perf:
             return bound(checkpointer, self.lives)
         return checkpointer
 
+    def unbind(self) -> None:
+        """The graph has another checkpointer."""
+        self._bound = (None, None, type(None))
+
     def _backends(self) -> list[Backend]:
         # those of graphs that LangGraph does not find inside nodes are known once they have run
         family = [perf.backend for perf in self.family if perf.backend is not None]

@@ -11,10 +11,12 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import TYPE_CHECKING
 
+from langgraph_perf.caches.base import namespace_tag
 from langgraph_perf.caches.memory import Deps, MemoryCache
 
 if TYPE_CHECKING:
@@ -25,9 +27,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("langgraph_perf")
 
 SECONDS = 5.0
-"""Between two looks."""
+"""Until it looks again, when it has looked through all."""
+PAUSE = 0.5
+"""Between two looks at some of them."""
 MOST_TAGS = 1000
-"""How many tags are asked for in one look; owners take turns."""
+"""How many tags are asked for at a time; owners take turns."""
+
+
+def _batches(tags: Iterable[str]) -> Iterator[list[str]]:
+    rest = iter(tags)
+    while some := list(islice(rest, MOST_TAGS)):
+        yield some
 
 
 class Sweeper:
@@ -75,12 +85,18 @@ class Sweeper:
             ]
         while self._next and len(tags) < MOST_TAGS:
             memory, namespace = self._next.pop()
-            deps = memory.deps_of(namespace)
+            # a memory may be a cache by itself as well: of what was stored past this cache its own
+            # tags tell
+            own = namespace_tag(namespace)
+            deps = [each for each in memory.deps_of(namespace) if each[1] and each[1][-1][0] == own]
             copies.append((memory, deps))
             tags.update([tag for _, needed in deps for tag, _ in needed])
-        current = cache.current(tags) if tags else None
-        if current is None:
-            return
+        current: dict[str, str] = {}
+        for some in _batches(tags):
+            found = cache.current(some)
+            if found is None:
+                return
+            current.update(found)
         for memory, deps in copies:
             memory.drop(
                 [
@@ -92,7 +108,7 @@ class Sweeper:
 
     def _run(self) -> None:
         ended = self._ended
-        while not ended.wait(SECONDS):
+        while not ended.wait(PAUSE if self._next else SECONDS):
             cache = self._cache()
             if cache is None:
                 return

@@ -131,9 +131,46 @@ def test_owners_take_turns(last: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         left.append(len(copies(memory)))
     assert left[-1] == 0
     assert left[0] > 25
-    assert max(asked) <= 22
+    assert max(asked) <= 20
     here.close()
     there.close()
+
+
+def test_what_was_stored_past_the_cache_stays(last: Make) -> None:
+    """A memory that is a cache by itself as well has tags of its own for that."""
+    memory = MemoryCache()
+    cache = TieredCache(memory, last())
+    store(cache, "t", "copied")
+    store(memory, "t", "its own")
+    look(cache)
+    assert copies(memory) == ["t copied", "t its own"]
+    forget(cache.tiers[-1], "t")
+    look(cache)
+    assert copies(memory) == ["t its own"]
+    cache.close()
+
+
+def test_no_question_has_more_than_so_many_tags(
+    last: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one owner's copies depend on more."""
+    monkeypatch.setattr(_sweep, "MOST_TAGS", 5)
+    memory = MemoryCache()
+    cache = TieredCache(memory, last())
+    store(cache, "t", "k", *map(str, range(20)))
+    asked: list[int] = []
+    peek_tags = cache.tiers[-1].peek_tags
+
+    def counting(tags: Any) -> Any:
+        asked.append(len(tags))
+        return peek_tags(tags)
+
+    monkeypatch.setattr(cache.tiers[-1], "peek_tags", counting)
+    look(cache)
+    assert copies(memory) == ["t k"]
+    assert sum(asked) == 22
+    assert max(asked) == 5
+    cache.close()
 
 
 def test_while_the_last_tier_is_away_nothing_goes(monkeypatch: pytest.MonkeyPatch) -> None:

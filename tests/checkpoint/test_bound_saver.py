@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.graph import START
 
-from langgraph_perf import MemoryCache, Pool, StateGraph
+from langgraph_perf import CachePolicy, MemoryCache, Pool, StateGraph
 from langgraph_perf.checkpoint import PooledCheckpointer
 
 from .test_threads import POLICY, Saver, State, build, counted, run
@@ -287,3 +290,100 @@ def test_it_can_be_copied_deeply() -> None:
     saver.note = "n"
     del saver.note
     assert not hasattr(saver, "note")
+
+
+def test_a_checkpointer_that_is_set_while_runs_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever makes the old one the graph's own in that moment does not undo it."""
+    builder = StateGraph(State)
+    builder.add_node("node", lambda state: {}, cache_policy=CachePolicy())
+    builder.add_edge(START, "node")
+    graph: Any = builder.compile(cache=MemoryCache())
+    old, new = InMemorySaver(), InMemorySaver()
+    bound = graph.perf.bound
+
+    def late(checkpointer: Any) -> Any:
+        made = bound(checkpointer)
+        if checkpointer is old:
+            graph.checkpointer = new
+        return made
+
+    monkeypatch.setattr(graph.perf, "bound", late)
+    graph.checkpointer = old
+    assert graph.checkpointer.__dict__["_saver"] is new
+    assert graph.checkpointer.__dict__["_saver"] is new
+
+
+_STRICT = """
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START
+from typing_extensions import TypedDict
+from langgraph_perf import CachePolicy, MemoryCache, StateGraph
+
+class State(TypedDict, total=False):
+    query: str
+
+def graph():
+    builder = StateGraph(State)
+    builder.add_node("node", lambda state: {}, cache_policy=CachePolicy(scope="thread"))
+    builder.add_edge(START, "node")
+    return builder.compile(checkpointer=saver, cache=MemoryCache())
+
+saver = InMemorySaver()
+one, two = graph(), graph()
+config = {"configurable": {"thread_id": "t"}}
+two.invoke({"query": "q"}, config)
+assert two.cache.stats().entries == 1
+one.checkpointer.delete_thread("t")
+assert two.cache.stats().entries == 0
+"""
+
+
+@pytest.mark.parametrize("strict", ["false", "true"])
+def test_graphs_with_one_saver_tell_each_other(strict: str) -> None:
+    """Also where LangGraph gives each graph a copy of the saver, with an allowlist of its own."""
+    environment = {**os.environ, "LANGGRAPH_STRICT_MSGPACK": strict}
+    subprocess.run([sys.executable, "-c", _STRICT], env=environment, check=True, timeout=100)
+
+
+async def test_lists_that_are_left_early_are_closed() -> None:
+    """What the saver holds open for one comes back at once."""
+    closed: list[str] = []
+
+    class Holds(InMemorySaver):
+        def list(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                yield from super().list(*args, **kwargs)
+            finally:
+                closed.append("list")
+
+        async def alist(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                async for found in super().alist(*args, **kwargs):
+                    yield found
+            finally:
+                closed.append("alist")
+
+    graph = build(counted()[0], MemoryCache(), saver=Holds())
+    run(graph, "t")
+    with closing(graph.checkpointer.list({"configurable": {"thread_id": "t"}})) as listed:
+        next(listed)
+    async with aclosing(graph.checkpointer.alist({"configurable": {"thread_id": "t"}})) as alisted:
+        await anext(alisted)
+    assert closed == ["list", "alist"]
+
+
+def test_a_list_stays_one() -> None:
+    """A saver may give more than has to be, and fail when it is called."""
+
+    class Listed(InMemorySaver):
+        def list(self, config: Any, **kwargs: Any) -> Any:
+            if config is None:
+                raise ValueError("no thread")
+            return [*super().list(config, **kwargs)]
+
+    graph = build(counted()[0], MemoryCache(), saver=Listed())
+    run(graph, "t")
+    found = graph.checkpointer.list({"configurable": {"thread_id": "t"}})
+    assert len(found) == 3
+    with pytest.raises(ValueError, match="no thread"):
+        graph.checkpointer.list(None)
