@@ -49,7 +49,6 @@ from langgraph_perf._owner import RUN_SECONDS
 from langgraph_perf._provenance import mark_hit, mark_run
 from langgraph_perf._sealing import Seal
 from langgraph_perf._steps import Call, Ran
-from langgraph_perf._thread_body import on_thread
 from langgraph_perf._watch import Watch, current_config, resumes
 from langgraph_perf.caches.base import Entry, namespace_tag
 from langgraph_perf.errors import CacheMiss, ConfigurationError
@@ -338,6 +337,9 @@ class Attempt:
         leases = registry.alease(wanted, heartbeat=heartbeat, where=f"node {spec.name!r}")
         if spec.native_async:
             return first, leases
+        # imported here: it brings the resources, which most graphs do without
+        from langgraph_perf._thread_body import on_thread
+
         exclusive = not all(registry[use.name].shares for use in spec.uses.values())
         return on_thread(first, leases, exclusive)
 

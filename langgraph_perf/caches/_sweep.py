@@ -54,6 +54,12 @@ class Sweeper:
         self._next: list[tuple[MemoryCache, Namespace]] = []
         self.after_fork()
 
+    @classmethod
+    def of(cls, cache: TieredCache) -> Sweeper | None:
+        """The one for ``cache``, if it has memory tiers."""
+        memories = [tier for tier in cache.tiers if isinstance(tier, MemoryCache)]
+        return cls(cache, memories) if memories else None
+
     def after_fork(self) -> None:
         """Runs in a forked child, which has none of its parent's threads."""
         self._starting = threading.RLock()

@@ -14,12 +14,11 @@ import threading
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from langgraph.cache.base import FullKey, Namespace
 
 from langgraph_perf._breaker import Breaker, Guarded, took_its_deadline
-from langgraph_perf.caches._sweep import Sweeper
 from langgraph_perf.caches.base import (
     Cache,
     CacheStats,
@@ -31,8 +30,10 @@ from langgraph_perf.caches.base import (
     servable,
     timely,
 )
-from langgraph_perf.caches.memory import MemoryCache
 from langgraph_perf.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from langgraph_perf.caches._sweep import Sweeper
 
 T = TypeVar("T")
 logger = logging.getLogger("langgraph_perf")
@@ -147,10 +148,13 @@ class TieredCache(Cache):
         self.shared = self._leasing is not None
         self.supports_tags = self._last.cache.supports_tags
         self.timeout = self._last.cache.timeout
+        self._sweeper: Sweeper | None = None
         # of what no other process changes, or nobody can tell, nothing needs to be swept
-        memories = [tier.cache for tier in self._tiers if isinstance(tier.cache, MemoryCache)]
-        sweeps = memories and self._last.cache.shared and self.supports_tags
-        self._sweeper = Sweeper(self, memories) if sweeps else None
+        if self.layered and self._last.cache.shared and self.supports_tags:
+            # imported here: importing the library is to be quick
+            from langgraph_perf.caches._sweep import Sweeper
+
+            self._sweeper = Sweeper.of(self)
         if self._leasing is not None:
             self.lease_seconds = self._leasing.cache.lease_seconds
             self.notifies = self._leasing.cache.notifies
