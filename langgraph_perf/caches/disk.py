@@ -40,7 +40,7 @@ from langgraph_perf.caches.base import (
     servable,
     timely,
 )
-from langgraph_perf.caches.entry import namespace_digest, seal, unseal
+from langgraph_perf.caches.entry import namespace_digest, seal, unbound, unseal
 from langgraph_perf.codec import DecodeError, decode
 from langgraph_perf.errors import ConfigurationError
 
@@ -143,17 +143,24 @@ class DiskCache(TokenCache):
         """The values stored under ``keys``; absent, expired and damaged ones are left out."""
         if len(keys) != 1 or self._closed:
             return super().get(keys)
+        key = keys[0]
         try:
-            entry = self._one(keys[0], (), None, False)
+            digest = key_digest(key)
+            rows = self._db.rows(_SELECT_ONE, (digest,))
+            if rows and self.value_serde is None:
+                payload = unbound(digest, *rows[0])
+                if payload is not None:
+                    try:
+                        value = decode(payload)
+                        self._tally.hit()
+                        return {key: value}
+                    except DecodeError:
+                        pass  # said below
+            entry = self._one(key, (), None, False, rows)
         except Exception as exc:
             self._missed("read", exc)
             return {}
-        if entry is None:
-            return {}
-        try:
-            return {keys[0]: decode(entry.payload)}
-        except DecodeError:
-            return decoded(keys, (entry,))  # which says so
+        return {} if entry is None else decoded(keys, (entry,))
 
     def read(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
         """One answer for each lookup, in order; only servable entries."""
@@ -162,10 +169,15 @@ class DiskCache(TokenCache):
         return [self._one(*lookups[0])]
 
     def _one(
-        self, key: FullKey, tags: tuple[str, ...], max_age: float | None, fresh: bool
+        self,
+        key: FullKey,
+        tags: tuple[str, ...],
+        max_age: float | None,
+        fresh: bool,
+        rows: list[Any] | None = None,
     ) -> Entry | None:
         digest = key_digest(key)
-        for head, body in self._db.rows(_SELECT_ONE, (digest,)):
+        for head, body in self._db.rows(_SELECT_ONE, (digest,)) if rows is None else rows:
             try:
                 entry = unseal(digest, head, body, self.value_serde)
             except DamagedEntry:

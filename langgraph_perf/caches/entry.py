@@ -260,6 +260,22 @@ def unseal(
         raise DamagedEntry(f"{type(exc).__name__}: {exc}") from None
 
 
+def unbound(digest: bytes, head: object, body: object) -> bytes | None:
+    """The payload that ``seal`` made these bytes from, without a ``serde``, if nothing but its key
+    is to be asked of it: it never expires and depends on nothing. ``None`` of any other, also of
+    what is damaged."""
+    if type(head) is not bytes or type(body) is not bytes or not head.startswith(_MAGIC):
+        return None
+    meta = head[_META:]
+    if head[_SUM:_META] != _checksum(digest, meta, body):
+        return None
+    try:
+        _, expires, _, _, deps, _ = unpackb(meta)
+    except Exception:
+        return None
+    return body if expires is None and not deps else None
+
+
 def _unlock(
     digest: bytes, encoding: Any, body: bytes, serde: SerializerProtocol
 ) -> tuple[Any, bytes]:
