@@ -211,17 +211,20 @@ def _untold() -> Iterator[None]:
 def _get_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
     self._lives.started(config)
     found = self._saver.get_tuple(config, *args, **kwargs)
-    _notice(config, found)
-    # who only looks at the thread will not write the checkpoint of its step
-    return _read(self.provenance if BINDING in config.get("configurable", {}) else None, found)
+    return _seen(self, config, found)
 
 
 async def _aget_tuple(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
     await self._lives.astarted(config)
     found = await self._saver.aget_tuple(config, *args, **kwargs)
+    return _seen(self, config, found)
+
+
+def _seen(self: Any, config: Any, found: Any) -> Any:
     _notice(config, found)
     # who only looks at the thread will not write the checkpoint of its step
-    return _read(self.provenance if BINDING in config.get("configurable", {}) else None, found)
+    runs = BINDING in (config.get("configurable") or {})
+    return _read(self.provenance if runs else None, found)
 
 
 def _list(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -233,11 +233,7 @@ def unseal(
     Raises:
         DamagedEntry: they are not what ``seal`` made for this key with this ``serde``.
     """
-    if type(head) is not bytes or type(body) is not bytes or not head.startswith(_MAGIC):
-        raise DamagedEntry("not an entry of this library")
-    meta = head[_META:]
-    if head[_SUM:_META] != _checksum(digest, meta, body):
-        raise DamagedEntry("checksum does not match")
+    body, meta = _checked(digest, head, body)
     # the checksum keeps accidents out, not somebody who computes it too: trust no shape
     # (adding 0 refuses what is not a number)
     try:
@@ -264,16 +260,26 @@ def unbound(digest: bytes, head: object, body: object) -> bytes | None:
     """The payload that ``seal`` made these bytes from, without a ``serde``, if nothing but its key
     is to be asked of it: it never expires and depends on nothing. ``None`` of any other, also of
     what is damaged."""
-    if type(head) is not bytes or type(body) is not bytes or not head.startswith(_MAGIC):
-        return None
-    meta = head[_META:]
-    if head[_SUM:_META] != _checksum(digest, meta, body):
-        return None
     try:
+        body, meta = _checked(digest, head, body)
         _, expires, _, _, deps, _ = unpackb(meta)
     except Exception:
         return None
     return body if expires is None and not deps else None
+
+
+def _checked(digest: bytes, head: object, body: object) -> tuple[bytes, bytes]:
+    """The body, and the metadata that are in the head.
+
+    Raises:
+        DamagedEntry: they are not what ``seal`` made for this key.
+    """
+    if type(head) is not bytes or type(body) is not bytes or not head.startswith(_MAGIC):
+        raise DamagedEntry("not an entry of this library")
+    meta = head[_META:]
+    if head[_SUM:_META] != _checksum(digest, meta, body):
+        raise DamagedEntry("checksum does not match")
+    return body, meta
 
 
 def _unlock(

@@ -70,6 +70,19 @@ def look(cache: TieredCache) -> None:
     cache._sweeper.look(cache)
 
 
+def questions(cache: TieredCache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tags its last tier is asked for, each time."""
+    asked: list[int] = []
+    peek_tags = cache.tiers[-1].peek_tags
+
+    def counting(tags: Any) -> Any:
+        asked.append(len(tags))
+        return peek_tags(tags)
+
+    monkeypatch.setattr(cache.tiers[-1], "peek_tags", counting)
+    return asked
+
+
 def copies(memory: MemoryCache) -> list[str]:
     return sorted(f"{ns[2]} {name}" for ns, name in (*memory._small, *memory._main))
 
@@ -113,14 +126,7 @@ def test_owners_take_turns(last: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sweep, "MOST_TAGS", 20)
     memory = MemoryCache()
     here, there = TieredCache(memory, last()), TieredCache(MemoryCache(), last())
-    asked: list[int] = []
-    peek_tags = here.tiers[-1].peek_tags
-
-    def counting(tags: Any) -> Any:
-        asked.append(len(tags))
-        return peek_tags(tags)
-
-    monkeypatch.setattr(here.tiers[-1], "peek_tags", counting)
+    asked = questions(here, monkeypatch)
     for n in range(50):
         store(here, f"t{n}")
     for n in range(50):
@@ -158,14 +164,7 @@ def test_no_question_has_more_than_so_many_tags(
     memory = MemoryCache()
     cache = TieredCache(memory, last())
     store(cache, "t", "k", *map(str, range(20)))
-    asked: list[int] = []
-    peek_tags = cache.tiers[-1].peek_tags
-
-    def counting(tags: Any) -> Any:
-        asked.append(len(tags))
-        return peek_tags(tags)
-
-    monkeypatch.setattr(cache.tiers[-1], "peek_tags", counting)
+    asked = questions(cache, monkeypatch)
     look(cache)
     assert copies(memory) == ["t k"]
     assert sum(asked) == 22
@@ -199,8 +198,10 @@ def test_while_the_last_tier_is_away_nothing_goes(monkeypatch: pytest.MonkeyPatc
     cache.close()
 
 
-def sweepers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "langgraph-perf-sweep"]
+def sweepers(before: list[threading.Thread]) -> list[threading.Thread]:
+    """The threads that sweep and were not there before; those of other tests may be ending."""
+    here = [thread for thread in threading.enumerate() if thread.name == "langgraph-perf-sweep"]
+    return [thread for thread in here if thread not in before]
 
 
 def test_its_thread_lives_as_long_as_there_is_something(
@@ -208,22 +209,22 @@ def test_its_thread_lives_as_long_as_there_is_something(
 ) -> None:
     """It starts with the first copy that an owner has, and ends with the last one."""
     monkeypatch.setattr(_sweep, "SECONDS", 0.001)
-    before = sweepers()
+    before = sweepers([])
     memory = MemoryCache()
     here, there = TieredCache(memory, last()), TieredCache(MemoryCache(), last())
     there.write((("graph", "node"), "k"), entry(b"everybody's"))
     here.write((("graph", "node"), "k2"), entry(b"everybody's"))
     assert here.read([Lookup((("graph", "node"), "k"))]) != [None]
-    assert sweepers() == before
+    assert sweepers(before) == []
     for _ in range(2):
         store(here, "t")
-        assert len(sweepers()) == len(before) + 1
+        assert len(sweepers(before)) == 1
         forget(there, "t")
-        until(lambda: sweepers() == before)
+        until(lambda: sweepers(before) == [])
         assert memory.owners() == []
     store(here, "t")
     here.close()
-    until(lambda: sweepers() == before)
+    until(lambda: sweepers(before) == [])
     there.close()
 
 
@@ -232,13 +233,13 @@ def test_a_cache_that_nobody_closed_leaves_no_thread(
 ) -> None:
     """The thread does not keep its cache alive."""
     monkeypatch.setattr(_sweep, "SECONDS", 0.001)
-    before = sweepers()
+    before = sweepers([])
     cache = TieredCache(MemoryCache(), last())
     store(cache, "t")
     gone = weakref.ref(cache)
     del cache
     until(lambda: gc.collect() >= 0 and gone() is None)
-    until(lambda: sweepers() == before)
+    until(lambda: sweepers(before) == [])
 
 
 def test_caches_that_nobody_shares_need_none() -> None:
