@@ -117,7 +117,7 @@ async def test_an_aclose_that_is_cancelled(watch: Watch, maker: Maker, kind: str
     await auntil(lambda: pool.stats().closing == 0)
     await auntil(lambda: maker.alive == 0)
     assert (pool.stats().closed, pool.stats().size) == (2, 0)
-    assert not _work._tasks.get(asyncio.get_running_loop())
+    await auntil(lambda: not _work._tasks.get(asyncio.get_running_loop()))
 
 
 async def test_an_aclose_that_is_cancelled_while_it_closes(watch: Watch, maker: Maker) -> None:
