@@ -90,7 +90,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
             "metadata": metadata,
             "input_schema": input_schema,
             "retry_policy": retry_policy,
-            "cache_policy": _checked(cache_policy),
+            "cache_policy": _checked(cache_policy, f"add_node({node!r:.100}, cache_policy=)"),
             "error_handler": error_handler,
             "destinations": destinations,
             "timeout": timeout,
@@ -122,7 +122,7 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         """
         super().set_node_defaults(
             retry_policy=retry_policy,
-            cache_policy=_checked(cache_policy),
+            cache_policy=_checked(cache_policy, "set_node_defaults(cache_policy=)"),
             error_handler=error_handler,
             timeout=timeout,
             **kwargs,
@@ -264,10 +264,12 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         if "__root__" in known:
             return
         for where, unknown in policy.unknown_fields(known):
+            hint = "A node that Send gives other fields to declares them with input_schema="
+            if unknown.startswith(("context.", "configurable.")):
+                hint = f"What of the run is in the key is named by vary=[{unknown!r}]"
             raise ConfigurationError(
                 f"node {name!r}, CachePolicy.{where}: its input has no field {unknown!r}; "
-                f"accepted: {', '.join(sorted(known))}. A node that Send gives other fields to "
-                "declares them with input_schema="
+                f"accepted: {', '.join(sorted(known))}. {hint}"
             )
 
     def _check_context(self, name: str, policy: CachePolicy) -> None:
@@ -328,9 +330,9 @@ def _field_names(schema: Any) -> set[str]:
     return names
 
 
-def _checked(policy: Any) -> Any:
+def _checked(policy: Any, where: str) -> Any:
     # LangGraph hands it on as it is; its own class only says what else it takes
-    return None if policy is None else CachePolicy.of(policy)
+    return None if policy is None else CachePolicy.of(policy, where)
 
 
 _setting = new_lock()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -131,6 +132,11 @@ class CachePolicy(_KnownFields):
             raise ConfigurationError(
                 f"CachePolicy.jitter: got {self.jitter!r}; accepted: a fraction from 0 to 1"
             )
+        if self.jitter and self.ttl is None:
+            raise ConfigurationError(
+                f"CachePolicy.jitter: got {self.jitter!r} without a ttl, and what never expires "
+                "has no expiry to spread; accepted: ttl= besides, or 0"
+            )
         for name in ("stale_while_revalidate", "stale_if_error"):
             limit = seconds(f"CachePolicy.{name}", getattr(self, name), "None for not at all")
             if limit is not None and self.ttl is None:
@@ -162,7 +168,7 @@ class CachePolicy(_KnownFields):
         _choice("CachePolicy.on_fork", self.on_fork, get_args(OnFork))
 
     @classmethod
-    def of(cls, policy: Any) -> CachePolicy:
+    def of(cls, policy: Any, where: str = "cache_policy") -> CachePolicy:
         """``policy`` itself, or LangGraph's own policy with its ``key_func`` and ``ttl`` kept."""
         if isinstance(policy, CachePolicy):
             return policy
@@ -170,7 +176,7 @@ class CachePolicy(_KnownFields):
             key = None if policy.key_func is _LANGGRAPH_DEFAULT_KEY else policy.key_func
             return cls(key=key, ttl=policy.ttl)
         raise ConfigurationError(
-            f"cache_policy: got {policy!r}; accepted: langgraph_perf.CachePolicy(...), "
+            f"{where}: got {policy!r:.200}; accepted: langgraph_perf.CachePolicy(...), "
             "langgraph.types.CachePolicy(...) or None"
         )
 
@@ -190,17 +196,18 @@ class CachePolicy(_KnownFields):
     def unknown_fields(self, known: Sequence[str]) -> list[tuple[str, str]]:
         """``(policy field, name)`` for each name in ``key`` and ``tags`` that ``known`` lacks."""
         asked = [("key", name) for name in self.key] if isinstance(self.key, tuple) else []
-        if isinstance(self.tags, tuple):
-            asked += [("tags", name) for tag in self.tags for name in template_fields(tag)]
-        return [(where, name) for where, name in asked if name not in known and "." not in name]
+        asked += [("tags", name) for name in self._in_tags() if "." not in name]
+        return [(where, name) for where, name in asked if name not in known]
 
     @property
     def outside(self) -> list[tuple[str, str]]:
         """``(policy field, name)`` for each part of the context or of ``configurable`` it names."""
         asked = [("vary", name) for name in self.vary or ()]
-        if isinstance(self.tags, tuple):
-            asked += [("tags", name) for tag in self.tags for name in template_fields(tag)]
-        return [(where, name) for where, name in asked if where == "vary" or "." in name]
+        return asked + [("tags", name) for name in self._in_tags() if "." in name]
+
+    def _in_tags(self) -> list[str]:
+        templates = self.tags if isinstance(self.tags, tuple) else ()
+        return [name for tag in templates for name in template_fields(tag)]
 
 
 def template_fields(tag: str) -> list[str]:
@@ -208,7 +215,8 @@ def template_fields(tag: str) -> list[str]:
     return [name for _, name in template_parts(tag) if name is not None]
 
 
-def template_parts(tag: str) -> list[tuple[str, str | None]]:
+@lru_cache(1024)  # every call of a node fills its tags
+def template_parts(tag: str) -> tuple[tuple[str, str | None], ...]:
     """What a tag is made of: texts, and for each the field after it, if there is one."""
     try:
         parsed = list(string.Formatter().parse(tag))
@@ -225,7 +233,7 @@ def template_parts(tag: str) -> list[tuple[str, str | None]]:
                 "as {context.user_id}, without a format; for anything else give "
                 "tags=callable(state)"
             )
-    return [(text, name) for text, name, _, _ in parsed]
+    return tuple((text, name) for text, name, _, _ in parsed)
 
 
 def _is_field(name: str) -> bool:

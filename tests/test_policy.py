@@ -61,6 +61,7 @@ def build(policy: Any, cache: Any = None, **kwargs: Any) -> Any:
         ("ttl", timedelta(0), "a positive timedelta"),
         ("jitter", 2, "from 0 to 1"),
         ("jitter", "a", "from 0 to 1"),
+        ("jitter", 0.1, "ttl= besides"),
         ("tags", "docs", "did you mean ['docs']"),
         ("tags", [1], "strings or a callable"),
         ("tags", ["user:{"], "{field}"),
@@ -137,14 +138,20 @@ def test_what_is_no_serde(serde: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "where", "name"),
+    ("policy", "where", "name", "hint"),
     [
-        (CachePolicy(key=["qery"]), "CachePolicy.key", "qery"),
-        (CachePolicy(tags=["user:{user}"]), "CachePolicy.tags", "user"),
+        (CachePolicy(key=["qery"]), "CachePolicy.key", "qery", "input_schema="),
+        (
+            CachePolicy(key=["query", "context.user_id"]),
+            "CachePolicy.key",
+            "context.user_id",
+            "vary=['context.user_id']",
+        ),
+        (CachePolicy(tags=["user:{user}"]), "CachePolicy.tags", "user", "input_schema="),
     ],
 )
 def test_an_unknown_field_fails_when_the_graph_is_built(
-    policy: CachePolicy, where: str, name: str
+    policy: CachePolicy, where: str, name: str, hint: str
 ) -> None:
     """A field the node's input does not have is refused by ``add_node``, naming those it has."""
     with pytest.raises(ConfigurationError) as caught:
@@ -153,7 +160,7 @@ def test_an_unknown_field_fails_when_the_graph_is_built(
     assert f"node 'node', {where}" in message
     assert repr(name) in message
     assert "answer, query, user_id" in message
-    assert "input_schema=" in message
+    assert hint in message
 
 
 def test_defaults_are_checked_at_compile() -> None:
@@ -167,9 +174,10 @@ def test_defaults_are_checked_at_compile() -> None:
 @pytest.mark.parametrize("policy", [5, "60", {"ttl": 60}, InMemoryCache()])
 def test_what_is_no_policy_is_refused(policy: Any) -> None:
     """``cache_policy=`` of another type is refused by ``add_node`` and ``set_node_defaults``."""
-    with pytest.raises(ConfigurationError, match=r"langgraph_perf\.CachePolicy"):
+    accepted = r"cache_policy=\): got .*; accepted: langgraph_perf\.CachePolicy"
+    with pytest.raises(ConfigurationError, match=r"add_node\('node', " + accepted):
         build(policy)
-    with pytest.raises(ConfigurationError, match=r"langgraph_perf\.CachePolicy"):
+    with pytest.raises(ConfigurationError, match=r"set_node_defaults\(" + accepted):
         StateGraph(State).set_node_defaults(cache_policy=policy)
 
 
