@@ -17,8 +17,10 @@ from langgraph._internal._constants import (
     CONFIG_KEY_CHECKPOINTER,
     CONFIG_KEY_TASK_ID,
     ERROR,
+    ERROR_SOURCE_NODE,
     INTERRUPT,
     NS_SEP,
+    RESUME,
 )
 
 from langgraph_perf._binding import BINDING, Binding
@@ -105,6 +107,8 @@ class _Served:
 
 _RECORD = ("node", "key", "age", "code", "step")
 _STOPS = (ERROR, INTERRUPT)
+_NO_OUTPUT = (*_STOPS, ERROR_SOURCE_NODE, RESUME)
+"""A task that has written more than these is done for LangGraph, even if its router has failed."""
 
 
 def _step_of(conf: Mapping[str, Any]) -> tuple[str, str]:
@@ -169,11 +173,12 @@ class Ledger:
         with self._lock:
             tasks = self._steps.get(where, {})
             if stops:
-                tasks.pop(task, None)  # it has to be done again
                 self._stopped[where] = before
                 self._stopped.move_to_end(where)
                 if len(self._stopped) > _MOST_STEPS:
                     self._stopped.popitem(last=False)
+            if all(channel in _NO_OUTPUT for channel, _ in writes):
+                tasks.pop(task, None)  # it has to be done again
             elif task in tasks and tasks[task].before == before:
                 tasks[task].written = True
             if where not in self._stopped or self._stopped[where] != before:

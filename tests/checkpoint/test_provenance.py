@@ -494,3 +494,45 @@ def test_a_hit_whose_router_stops_is_no_hit_yet(
     want = story(LangGraphStateGraph, LangGraphStateGraph)
     assert want[1] == ["c", "d", "s"]
     assert story(StateGraph, LangGraphStateGraph if bare else StateGraph) == want
+
+
+@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("other", [True, False], ids=["another process", "this process"])
+def test_a_hit_whose_router_fails_is_told_where_langgraph_takes_it_for_done(
+    writes: bool, other: bool
+) -> None:
+    """If the node has written something, its task is not done again."""
+    failing = False
+
+    def route(state: State) -> str:
+        if failing:
+            raise ValueError("router")
+        return "end"
+
+    def made(saver: Any) -> Any:
+        found = {"found": ["a"]} if writes else None
+        builder = StateGraph(State)
+        builder.add_node(
+            "a", lambda state: found, cache_policy=CachePolicy(version=1, key=["query"])
+        )
+        builder.add_node("end", lambda state: None).add_edge(START, "a")
+        builder.add_conditional_edges("a", route, ["end"])
+        return builder.compile(checkpointer=saver, cache=cache)
+
+    with MemoryCache() as cache:
+        saver = InMemorySaver()
+        graph = made(saver)
+        graph.invoke({"query": "q"}, {"configurable": {"thread_id": "warm"}})
+        config: Any = {"configurable": {"thread_id": "t"}}
+        failing = True
+        with pytest.raises(ValueError, match="router"):
+            graph.invoke({"query": "q"}, config)
+        failing = False
+        if other:
+            copy = InMemorySaver()
+            copy.storage, copy.writes, copy.blobs = saver.storage, saver.writes, saver.blobs
+            graph = made(copy)
+        assert graph.get_state(config).next == (() if writes else ("a",))
+        graph.invoke(None, config)
+        (step,) = [snapshot for snapshot in told(graph, "t") if snapshot is not None]
+        assert step["cached"]["a"]["count"] == 1
