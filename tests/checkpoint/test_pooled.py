@@ -44,6 +44,7 @@ from langgraph_perf import (
     Shared,
 )
 from langgraph_perf._pooled_saver import OPERATIONS, PooledCheckpointer
+from langgraph_perf.resources import _core
 
 from ..resources.helpers import auntil, check_at_rest, passes, until
 
@@ -260,8 +261,10 @@ def test_another_checkpointer_reads_what_was_stored(dsn: str) -> None:
         assert invoke(graph(bare), 1) == ["i1", "a", "b", "c"] * 2
 
 
-def test_each_event_loop_has_savers_of_its_own(dsn: str) -> None:
+def test_each_event_loop_has_savers_of_its_own(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Async savers are made on the loop that uses them, one loop after the other."""
+    # what is not closed within it psycopg complains of
+    monkeypatch.setattr(_core, "CLOSE_GRACE", 60.0)
     resource = apostgres_pool(dsn)
     checkpointer = PooledCheckpointer(resource)
     compiled = graph(checkpointer)
