@@ -31,6 +31,7 @@ from langgraph.types import Command, Send, interrupt
 from typing_extensions import TypedDict
 
 import langgraph_perf
+from tests.resources.helpers import until
 
 
 class Library(NamedTuple):
@@ -451,7 +452,7 @@ def stampede(lib: Library) -> int:
 
     def work(state: State) -> State:
         runs.append(1)
-        release.wait(10)
+        assert release.wait(60)
         return {"answer": "done"}
 
     graph = (
@@ -462,21 +463,20 @@ def stampede(lib: Library) -> int:
     )
 
     def run() -> None:
-        together.wait(10)
+        together.wait(60)
         graph.invoke({"query": "q"})
 
     threads = [threading.Thread(target=run) for _ in range(20)]
     for thread in threads:
         thread.start()
-    while len(runs) < (1 if lib.name == "perf" else 20):
-        pass
+    until(lambda: len(runs) >= (1 if lib.name == "perf" else 20))
     if lib.name == "perf":
         flights = _flights(graph)
-        while flights.waiting() < 19:
-            pass
+        until(lambda: flights.waiting() == 19)
     release.set()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
+        assert not thread.is_alive()
     return len(runs)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from uuid import uuid4
 
 import pytest
+from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.postgres import PostgresSaver
 from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
@@ -27,12 +28,30 @@ from langgraph_perf import CachePolicy, DiskCache, MemoryCache, StateGraph
 from langgraph_perf._provenance import CHANNEL, Ledger, _Served
 from langgraph_perf.testing import Clock
 
+from ..resources.helpers import until
 from .savers import drivers, opened, place
 
 
 class State(TypedDict, total=False):
     query: str
     found: Annotated[list[str], operator.add]
+
+
+class Keeping(InMemorySaver):
+    """Knows of which threads a node's result is kept. Where a node fails, LangGraph may stop the
+    step before what the node beside it did is: the one that fails waits for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: set[str] = set()
+
+    def put_writes(self, config: Any, writes: Any, *args: Any) -> None:
+        super().put_writes(config, writes, *args)
+        if any(channel == "found" for channel, _ in writes):
+            self._kept.add(config["configurable"]["thread_id"])
+
+    def wait(self, config: Any) -> None:
+        until(lambda: config["configurable"]["thread_id"] in self._kept)
 
 
 @contextmanager
@@ -227,16 +246,17 @@ def test_what_is_not_the_steps_own_checkpoint_tells_nothing(how: str) -> None:
     """A sibling failed, so the step has no checkpoint; a fork or an edit of the last is not it."""
     builder = StateGraph(State)
     builder.add_node("cached", lambda s: {"found": ["c"]}, cache_policy=CachePolicy(key=["query"]))
-    failing = [False]
+    failing, saver = [False], Keeping()
 
-    def sibling(state: State) -> State:
+    def sibling(state: State, config: RunnableConfig) -> State:
         if failing[0]:
+            saver.wait(config)
             raise ValueError("no")
         return {"found": ["s"]}
 
     builder.add_node("sibling", sibling)
     builder.add_edge(START, "cached").add_edge(START, "sibling")
-    graph: Any = builder.compile(checkpointer=InMemorySaver(), cache=MemoryCache())
+    graph: Any = builder.compile(checkpointer=saver, cache=MemoryCache())
     graph.invoke({"query": "q"}, {"configurable": {"thread_id": "a"}})
     failing[0] = True
     config: Any = {"configurable": {"thread_id": "b"}}
@@ -282,8 +302,9 @@ def beside(how: str, saver: Any, cache: Any, graph: type[Any] = StateGraph) -> A
     builder = graph(State)
     builder.add_node("cached", lambda state: {"found": ["c"]}, **policy)
 
-    def other(state: State) -> State:
-        if how == "fails" and graph is StateGraph:
+    def other(state: State, config: RunnableConfig) -> State:
+        if how == "fails":
+            saver.wait(config)
             raise ValueError("no")
         return {"found": [interrupt("?") if how == "asks" else "o"]}
 
@@ -353,7 +374,7 @@ with SqliteSaver.from_conn_string(sys.argv[1]) as saver:
 @pytest.mark.parametrize("bare", [False, True], ids=["this library's graph", "plain LangGraph"])
 def test_what_is_pending_of_a_hit_is_seen_by_nobody(bare: bool) -> None:
     """Neither ``get_tuple`` nor ``list`` give it; plain LangGraph goes on from there as ever."""
-    saver = InMemorySaver()
+    saver = Keeping()
     config: Any = {"configurable": {"thread_id": "t"}}
     with MemoryCache() as cache:
         graph = beside("fails", saver, cache)
@@ -407,7 +428,7 @@ def test_a_node_that_does_run_is_not_told_for_an_earlier_hit() -> None:
 
 def test_a_step_that_is_done_again_tells_what_the_second_time_did() -> None:
     """A fork begins where pending writes tell of a hit, and in it the node runs."""
-    saver = InMemorySaver()
+    saver = Keeping()
     with MemoryCache() as cache:
         for thread in ("warm", "t"):
             with pytest.raises(ValueError, match="no"):
