@@ -48,6 +48,7 @@ def test_min_size_objects_stay(watch: Watch, maker: Maker, clock: FakeTime) -> N
     pool = watch(Pool(maker.create, min_size=2, max_idle=10, max_lifetime=None, close=maker.close))
     use(pool, 4)
     until(lambda: pool.stats().loading == 0)
+    until(lambda: clock.reaper.running)  # who made an object tells the reaper a moment later
     made = len(maker.made)
     clock.advance(10)
     assert pool.stats().idle == 2
