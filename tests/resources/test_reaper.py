@@ -236,7 +236,7 @@ def test_a_pool_dropped_while_leased_lives_until_it_is_not(maker: Maker) -> None
         gc.collect()
         assert not thing.closed
     gc.collect()
-    assert thing.closed
+    until(lambda: thing.closed)  # the reaper may be looking at the pool in that moment
 
 
 def test_a_close_that_raises_does_not_stop_the_others(
