@@ -610,7 +610,9 @@ def test_threads_and_tasks_share_one_sqlite_pool(tmp_path: Any) -> None:
     """A pool of real connections serves sync and async nodes alike and loses none."""
 
     def connect() -> sqlite3.Connection:
-        return sqlite3.connect(tmp_path / "db", check_same_thread=False, isolation_level=None)
+        return sqlite3.connect(
+            tmp_path / "db", timeout=60, check_same_thread=False, isolation_level=None
+        )
 
     pool = Pool(connect, max_size=3, close=sqlite3.Connection.close)
     table = connect()
@@ -631,7 +633,7 @@ def test_threads_and_tasks_share_one_sqlite_pool(tmp_path: Any) -> None:
 
     asyncio.run(tasks())
     for thread in threads:
-        thread.join(20)
+        thread.join()
     with pool.lease() as db:
         assert db.execute("SELECT count(*) FROM seen").fetchone() == (20,)
     idle(graph)
