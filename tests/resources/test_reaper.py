@@ -187,6 +187,7 @@ def test_50_pools_need_one_thread_and_then_none(
 ) -> None:
     """One reaper serves all of them and ends when it has nothing left to wait for."""
     pools = [watch(Pool(maker.create, max_idle=10, close=maker.close)) for _ in range(50)]
+    gc.collect()  # what an earlier test left may take threads when it is finalized
     before = set(threading.enumerate())
     for pool in pools:
         use(pool)
@@ -371,6 +372,7 @@ def test_close_ends_what_the_reaper_waits_for(maker: Maker, clock: FakeTime) -> 
 def test_private_threads_end_when_idle() -> None:
     """They are as many as there are jobs at once, are used again, and go away."""
     workers = Workers(linger=0.05)
+    gc.collect()  # what an earlier test left may take threads when it is finalized
     before = set(threading.enumerate())
     barrier = threading.Barrier(4)
     for _ in range(2):
