@@ -162,5 +162,5 @@ def no_threads_left() -> Iterator[None]:
         gc.collect()  # what a forgotten object holds is not left behind; a second look tells
     for thread in left:
         if not thread.daemon and not thread.name.startswith(("asyncio_", "ThreadPoolExecutor")):
-            thread.join(5)
+            thread.join(PATIENCE)
             assert not thread.is_alive(), f"{thread.name} is still running"

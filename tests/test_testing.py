@@ -12,6 +12,9 @@ import pytest
 
 import langgraph_perf.testing
 
+# each starts a pytest of its own, whose threads switch all the time: it is slow on a busy machine
+pytestmark = pytest.mark.timeout(900)
+
 BACKEND = """
 from langgraph_perf.caches.base import Entry, TokenCache, namespace_tag, new_token, timely
 from langgraph_perf.testing import TagConformance

@@ -7,12 +7,20 @@ from typing import Any, TypeVar
 
 import pytest
 
-from langgraph_perf.resources import Resource, _lease, _ledger, _reaper
+from langgraph_perf.resources import Resource, _core, _lease, _ledger, _reaper, _work
 
-from .helpers import FakeTime, Maker, check_at_rest
+from .helpers import PATIENCE, FakeTime, Maker, check_at_rest
 
 R = TypeVar("R", bound=Resource[Any])
 Watch = Callable[[R], R]
+
+
+@pytest.fixture(autouse=True)
+def patient_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closes that end are waited for, however busy the machine is. Tests of closes that hang set
+    their own limit."""
+    for module in (_core, _work):
+        monkeypatch.setattr(module, "CLOSE_GRACE", PATIENCE)
 
 
 @pytest.fixture

@@ -215,13 +215,16 @@ def check_sound(resource: Resource[Any]) -> None:
 def check_at_rest(resource: Resource[Any]) -> None:
     """What holds once nobody uses a resource: nothing is lost, nobody is left behind."""
 
+    # one look at all of it: what is idle for long may begin to close at any moment
+    looks = [resource.stats()]
+
     def still() -> bool:
-        stats = resource.stats()
-        return stats.loading == stats.closing == 0
+        looks[0] = resource.stats()
+        return looks[0].loading == looks[0].closing == 0
 
     until(still)
     check_sound(resource)
-    stats = resource.stats()
+    (stats,) = looks
     assert stats.in_use == 0, stats
     assert stats.holders == 0, stats
     assert stats.waiting == 0, stats

@@ -17,7 +17,7 @@ from langgraph_perf.errors import ConfigurationError, LeaseError, PoolClosed
 from langgraph_perf.resources import FromContext, Pool
 from langgraph_perf.resources.context import ENTERING
 
-from .helpers import auntil, check_at_rest, passes, until
+from .helpers import PATIENCE, auntil, check_at_rest, passes, until
 
 Watch = Callable[[Any], Any]
 
@@ -320,16 +320,17 @@ async def test_many_async_callers_take_few_threads(watch: Watch) -> None:
     """They wait for their turn, and for one that leaves in the meantime nothing is made."""
     inside: list[int] = []
     most, entered = [0], []
-    go_on = threading.Event()
+    lock, go_on = threading.Lock(), threading.Event()
 
     class Connection:
         def __init__(self) -> None:
             self.number = next(numbers)
 
         def __enter__(self) -> None:
-            inside.append(self.number)
-            most[0] = max(most[0], len(inside))
-            assert go_on.wait(10)
+            with lock:  # or a thread that looked before another one did writes after it
+                inside.append(self.number)
+                most[0] = max(most[0], len(inside))
+            assert go_on.wait(PATIENCE)
             inside.remove(self.number)
             entered.append(self.number)
 

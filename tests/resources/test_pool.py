@@ -216,8 +216,9 @@ def test_a_failing_factory_does_not_block_threads(watch: Watch, maker: Maker) ->
     maker.errors.extend(ValueError(str(n)) for n in range(5))
     holders = [Holder(pool) for _ in range(8)]
     outcomes = []
-    for holder in holders:
+    for holder in holders:  # all before any is waited for: nobody knows who of them holds it
         holder.let_go.set()
+    for holder in holders:
         holder.finish()
         outcomes.append(holder.error)
     assert sum(isinstance(error, ValueError) for error in outcomes) == 5

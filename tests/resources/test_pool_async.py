@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import pytest
@@ -706,23 +707,23 @@ async def test_waiting_never_blocks_the_loop_nor_its_threads(watch: Watch, maker
     loop = asyncio.get_running_loop()
 
     async def probe() -> float:
-        worst = 0.0
-        for _ in range(20):
+        took = []
+        for _ in range(100):
             began = time.perf_counter()
             await asyncio.to_thread(int)
-            worst = max(worst, time.perf_counter() - began)
-        return worst
+            took.append(time.perf_counter() - began)
+        return median(took)
 
-    before = min([await probe() for _ in range(5)])
+    before = await probe()
     async with pool.alease(), pool.alease():
         waiters = [AsyncHolder(pool) for _ in range(200)]
         await auntil(lambda: pool.stats().waiting == 200)
-        during = min([await probe() for _ in range(5)])
+        during = await probe()
         assert loop.is_running()
     for waiter in waiters:
         waiter.let_go.set()
     await asyncio.gather(*(waiter.task for waiter in waiters))
-    # what the machine is busy with besides, it is not each time
+    # what the machine is busy with besides, it is not most of the time
     assert during - before <= 0.100
 
 

@@ -361,14 +361,24 @@ def test_exit_does_not_wait_for_closes_that_hang() -> None:
     """Not for long, and not for each of them."""
     out = run(
         """
-        from langgraph_perf.resources import _lifecycle
-        _lifecycle.EXIT_SECONDS = 1.0
+        import time
+        from types import SimpleNamespace
+        from langgraph_perf.resources import _core, _lifecycle, _work
+        hung = []
+
+        def monotonic():  # the time is over as soon as a close hangs, however late that begins
+            return time.monotonic() + 1000 * len(hung)
+
+        for module in (_core, _lifecycle, _work):
+            module.time = SimpleNamespace(monotonic=monotonic)
+        _lifecycle.EXIT_SECONDS = 60.0
 
         async def create():
             return 1
 
         async def close(obj):
             print("closing", flush=True)
+            hung.append(obj)
             await asyncio.Event().wait()
 
         async def use(pool):

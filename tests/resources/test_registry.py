@@ -15,7 +15,7 @@ from langgraph_perf.errors import ConfigurationError, LeaseError, PoolClosed, Po
 from langgraph_perf.resources import FromContext, Keyed, Pool, Registry, Shared, Use, Want
 from langgraph_perf.resources.registry import _gate
 
-from .helpers import Holder, Maker, Thing, auntil, until
+from .helpers import PATIENCE, Holder, Maker, Thing, auntil, until
 
 Watch = Callable[[Any], Any]
 
@@ -76,7 +76,7 @@ def test_nothing_wanted_is_fine(parts: Parts) -> None:
 
 def test_leases_are_taken_in_one_order(watch: Watch, maker: Maker) -> None:
     """Two callers who name their resources in opposite order cannot wait for each other."""
-    a, b = (watch(Pool(maker.create, max_size=1, timeout=10)) for _ in range(2))
+    a, b = (watch(Pool(maker.create, max_size=1, timeout=PATIENCE)) for _ in range(2))
     registry = Registry({"a": a, "b": b})
 
     def work(names: str) -> None:
@@ -112,7 +112,7 @@ def _lease_both(registry: Registry) -> None:
 
 def test_several_objects_of_one_resource_cannot_deadlock(watch: Watch, maker: Maker) -> None:
     """Only one caller at a time holds some of them while it waits for more."""
-    pool = watch(Pool(maker.create, max_size=2, timeout=3))
+    pool = watch(Pool(maker.create, max_size=2, timeout=PATIENCE))
     registry = Registry({"db": pool})
     maker.hold = threading.Event()
     outcomes: list[object] = []
@@ -141,7 +141,8 @@ async def test_several_keys_of_one_resource_cannot_deadlock(watch: Watch, maker:
     maker.ahold = asyncio.Event()
 
     async def work(*keys: str) -> None:
-        async with registry.alease({key: Want("models", key) for key in keys}, timeout=3) as values:
+        wanted = {key: Want("models", key) for key in keys}
+        async with registry.alease(wanted, timeout=PATIENCE) as values:
             assert [values[key].key for key in keys] == list(keys)
 
     tasks = [asyncio.create_task(work("a", "b")), asyncio.create_task(work("c", "d"))]

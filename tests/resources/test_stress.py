@@ -15,7 +15,7 @@ import pytest
 from langgraph_perf.errors import PoolClosed, PoolTimeout, TooManyWaiting
 from langgraph_perf.resources import Keyed, Pool, Shared
 
-from .helpers import Maker, Thing, check_sound, passes, until
+from .helpers import PATIENCE, Maker, Thing, check_sound, passes, until
 
 Watch = Callable[[Any], Any]
 EXPECTED = (ConnectionError, PoolTimeout, TooManyWaiting)
@@ -91,7 +91,7 @@ async def test_threads_and_tasks_over_an_unreliable_backend(watch: Watch, seed: 
     def thread_work(number: int) -> None:
         for _ in range(30):
             try:
-                with pool.lease(timeout=5) as thing, thing:
+                with pool.lease(timeout=PATIENCE) as thing, thing:
                     outcomes.append("ok" if thing.users == 1 else "shared")
             except EXPECTED as exc:
                 outcomes.append(type(exc).__name__)
@@ -99,7 +99,7 @@ async def test_threads_and_tasks_over_an_unreliable_backend(watch: Watch, seed: 
     async def task_work(number: int) -> None:
         for _ in range(5):
             try:
-                async with pool.alease(timeout=5) as thing:
+                async with pool.alease(timeout=PATIENCE) as thing:
                     with thing:
                         outcomes.append("ok" if thing.users == 1 else "shared")
                         await passes(number % 3)
@@ -139,7 +139,7 @@ async def test_tasks_over_an_unreliable_async_backend(watch: Watch, seed: int) -
         served = 0
         for _ in range(5):
             try:
-                async with pool.alease(timeout=10) as thing:
+                async with pool.alease(timeout=PATIENCE) as thing:
                     with thing:
                         assert thing.users == 1
                         served += 1
@@ -173,7 +173,7 @@ def test_a_backend_goes_down_and_comes_back(watch: Watch) -> None:
         while not stop.is_set():
             now = phase[0]
             try:
-                with pool.lease(timeout=10) as thing, thing:
+                with pool.lease(timeout=PATIENCE) as thing, thing:
                     seen[now].append(True)
             except ConnectionError:
                 seen[now].append(False)
@@ -226,7 +226,7 @@ def test_a_saturated_pool(watch: Watch, maker: Maker) -> None:
 
     def hog() -> None:
         with pool.lease():
-            assert gate.wait(10)
+            assert gate.wait(PATIENCE)
 
     def work(number: int) -> None:
         try:
