@@ -387,21 +387,28 @@ def test_scripts_survive_a_server_that_forgot_them(cache: RedisCache, redis_serv
 
 
 def test_a_follower_that_leaves_is_not_waited_for(
-    redis_server: Server, prefix: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    redis_server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who gives up waiting, or is interrupted, while others use the line passes his turn on."""
-    with RedisCache(proxy.url, prefix=prefix, timeout=5.0) as cache, ThreadPoolExecutor(3) as pool:
+    leads, go_on = threading.Event(), threading.Event()
+    with RedisCache(redis_server.url, prefix=prefix) as cache, ThreadPoolExecutor(3) as pool:
         cache.ping()
-        proxy.delay = 1.0
         line = cache._line
         assert isinstance(line, Line)
+        carry = line._carry
+
+        def held(batch: list[_Job]) -> None:
+            leads.set()
+            assert go_on.wait(20)
+            carry(batch)
+
+        monkeypatch.setattr(line, "_carry", held)
         leader = pool.submit(cache.read, [Lookup(KEY)])
-        while not line._leader:
-            time.sleep(0.001)
+        assert leads.wait(20)
         cache.timeout = 0.05
         with pytest.raises(TimeoutError):
             cache.read([Lookup(KEY)])
-        cache.timeout = 10.0
+        cache.timeout = 20.0
 
         def interrupted(job: _Job) -> None:
             raise KeyboardInterrupt
@@ -410,9 +417,9 @@ def test_a_follower_that_leaves_is_not_waited_for(
             patch.setattr(line, "_follow", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 cache.read([Lookup(KEY)])
-        assert leader.result(10) == [None]
-        proxy.delay = 0.0
-        assert pool.submit(cache.read, [Lookup(KEY)]).result(10) == [None]
+        go_on.set()
+        assert leader.result(20) == [None]
+        assert pool.submit(cache.read, [Lookup(KEY)]).result(20) == [None]
         assert not line._leader
 
 
