@@ -459,7 +459,7 @@ def test_no_interruption_stops_a_line(redis_server: Server, prefix: str, connect
             sys.setprofile(None)
         return False
 
-    with RedisCache(redis_server.url, prefix=prefix, timeout=5.0, connect_timeout=5.0) as cache:
+    with RedisCache(redis_server.url, prefix=prefix, timeout=60.0, connect_timeout=60.0) as cache:
         line = cache._line
         assert isinstance(line, Line)
         at = 0
@@ -471,7 +471,8 @@ def test_no_interruption_stops_a_line(redis_server: Server, prefix: str, connect
                 break
             started = time.monotonic()
             assert cache.read([Lookup(KEY)]) == [None]
-            assert time.monotonic() - started < 2.0
+            # long before its deadline, and however busy the machine is
+            assert time.monotonic() - started < 20.0
             assert not line._leader
             assert not line._queue
             at += 1
