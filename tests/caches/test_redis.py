@@ -884,6 +884,9 @@ def test_a_lease_granted_to_nobody(redis_server: Server, prefix: str, proxy: Pro
             asking = asyncio.create_task(cache.aacquire(KEY))
             while cache.round_trips == before:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0)
+            with redis_server.client() as client:
+                # it has been asked for, which the network alone does not promise
+                until(lambda: client.keys(f"{prefix}:1:l:*") != [])
             assert not asking.done()
             proxy.delay = 0.0  # for what is asked from now on
 
