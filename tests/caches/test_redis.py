@@ -1291,20 +1291,21 @@ def test_who_waits_is_woken(
     have ended anyway."""
     # however long a busy machine takes until the server tells
     monkeypatch.setattr("langgraph_perf.caches.redis._POLL", 10.0)
-    cache.lease_seconds = 1.5 if how == "expire" else 30
+    cache.lease_seconds = 1.5 if how == "expire" else 100
     lease = cache.acquire(key)
     assert lease is not None
     with RedisCache(redis_server.url, prefix=prefix) as other, ThreadPoolExecutor(1) as pool:
 
         def wait() -> float:
             if mode == "sync":
-                other.pause(key, 20.0)
+                other.pause(key, 60.0)
             else:
-                asyncio.run(other.apause(key, 20.0))
+                asyncio.run(other.apause(key, 60.0))
             return time.monotonic()
 
         waiting = pool.submit(wait)
-        subscribed(redis_server, prefix)
+        if how != "expire":  # before a busy machine gets that far it may have, which is as well
+            subscribed(redis_server, prefix)
         started = time.monotonic()
         if how == "write":
             cache.write(key, entry(), lease)
@@ -1312,7 +1313,7 @@ def test_who_waits_is_woken(
             cache.write(key, entry())
         elif how == "release":
             cache.release(lease)
-        assert waiting.result(10) - started < 5.0
+        assert waiting.result(60) - started < 20.0
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
