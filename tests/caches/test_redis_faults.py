@@ -334,11 +334,15 @@ def test_pauses_are_short(clock: Clock) -> None:
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_hung_server_costs_its_deadline(own_server: Server, mode: str) -> None:
     """However many ask at once, each waits for its deadline and not for those before it."""
-    cache = RedisCache(own_server.url, prefix="p", timeout=TIMEOUT, connect_timeout=TIMEOUT)
+    # fifty of them would be told apart from what a busy machine takes for fifty runs
+    seconds = 2.0
+    cache = RedisCache(own_server.url, prefix="p", timeout=seconds, connect_timeout=seconds)
     graph, _ = build(cache)
     run(graph, ["q"], mode)
 
     async def all_at_once() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(50))
+
         def ask(i: int) -> Any:
             query = {"query": str(i)}
             return (
@@ -351,7 +355,7 @@ def test_a_hung_server_costs_its_deadline(own_server: Server, mode: str) -> None
     with own_server.stopped():
         started = time.monotonic()
         asyncio.run(all_at_once())
-        assert time.monotonic() - started < 8 * TIMEOUT
+        assert time.monotonic() - started < 20 * seconds
     cache.close()
 
 
