@@ -291,7 +291,8 @@ def test_the_first_tier_goes_on_while_the_server_is_away(own_server: Server) -> 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_run_loses_one_deadline(proxy: Proxy, mode: str, tiers: bool) -> None:
     """A server that goes deaf while a node runs is not asked again for the nodes that follow."""
-    cache: Cache = RedisCache(proxy.url, prefix=new_prefix(), timeout=2.0, connect_timeout=2.0)
+    # so long that two would be told apart from one and what a busy machine takes
+    cache: Cache = RedisCache(proxy.url, prefix=new_prefix(), timeout=6.0, connect_timeout=6.0)
     if tiers:
         cache = TieredCache(MemoryCache(), cache)
     builder = StateGraph(State)
@@ -304,7 +305,7 @@ def test_a_run_loses_one_deadline(proxy: Proxy, mode: str, tiers: bool) -> None:
     builder.add_node("first", first, cache_policy=policy)
     builder.add_node("second", lambda state: {"answer": "about q"}, cache_policy=policy)
     builder.add_edge(START, "first").add_edge("first", "second")
-    assert run(builder.compile(cache=cache), ["q"], mode) < 3.8
+    assert run(builder.compile(cache=cache), ["q"], mode) < 11.8
     cache.close()
 
 
