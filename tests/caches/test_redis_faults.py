@@ -27,7 +27,7 @@ from tests.redis_server import Proxy, Server, free_port, new_prefix
 from tests.servers import ask_again
 from tests.test_single_flight import until
 
-TIMEOUT = 0.5
+TIMEOUT = 1.0
 """Long enough that what a busy machine adds to it is little beside the deadlines of a whole run."""
 
 
@@ -247,8 +247,8 @@ def test_it_recovers_by_itself(fault: Fault, mode: str, tiers: bool, victim: Ser
                 return cache.tiers[-1].stats().writes > 0  # type: ignore[attr-defined]
             return runs.count(query) == 1
 
-        # five seconds are promised, and the machine may be busy
-        until(hits_again, 10)
+        # five seconds are promised (see below); on a busy machine probes may fail as well
+        until(hits_again, 40)
 
 
 def test_a_server_that_is_away_costs_little_once_that_is_known(
