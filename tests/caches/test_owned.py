@@ -176,6 +176,8 @@ def redis_work(server: Server, namespaces: int) -> list[Any]:
         fill(cache, namespaces)
         cache.copy(thread(1), thread("to know the connection"), {})
         cache.clear([thread("to know the connection")])
+        # each round finds a copy there, so that whichever is taken has had the same to do
+        cache.copy(thread(1), thread("copy"), {})
 
         def copy(number: int) -> None:
             assert cache.copy(thread(number), thread("copy"), {}) == EACH
