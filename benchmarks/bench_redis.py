@@ -56,6 +56,7 @@ from benchmarks.bench_cache import (
 )
 from examples.knowledge_base.redis_server import server_program
 from langgraph_perf import MemoryCache, RedisCache, StateGraph, TieredCache, get_cache
+from langgraph_perf._backend import Backend
 from langgraph_perf.caches.base import Entry, Lookup, key_digest, pack, tag_id, unpack
 from langgraph_perf.codec import decode, encode
 
@@ -102,9 +103,13 @@ def private_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
                 process.terminate()
 
 
-def tiers(url: str, prefix: str) -> TieredCache:
+PATIENT: dict[str, Any] = {"timeout": 30.0, "connect_timeout": 30.0}
+"""Of what is to be right however busy the machine is: what fails open runs once more."""
+
+
+def tiers(url: str, prefix: str, **options: Any) -> TieredCache:
     """Memory in front of Redis."""
-    return TieredCache(MemoryCache(), RedisCache(url, prefix=prefix))
+    return TieredCache(MemoryCache(), RedisCache(url, prefix=prefix, **options))
 
 
 # -- one process -----------------------------------------------------------------------------------
@@ -329,7 +334,7 @@ def _tell(process: subprocess.Popen[str], line: object = "go") -> None:
 
 def serve_reads(url: str, prefix: str) -> None:
     """Whenever told to, read the key until it is not there any more; print when that was."""
-    with tiers(url, prefix) as cache:
+    with tiers(url, prefix, **PATIENT) as cache:
         print(0, flush=True)
         for _ in sys.stdin:
             for _ in range(3):
@@ -381,7 +386,7 @@ def serve_hammer(url: str, prefix: str, seconds: str) -> None:
     """
     stale = hits = 0
     client = redis.Redis.from_url(url)
-    with tiers(url, prefix) as cache:
+    with tiers(url, prefix, **PATIENT) as cache:
         print(0, flush=True)
         sys.stdin.readline()
         ends = time.monotonic() + float(seconds)
@@ -470,7 +475,8 @@ def serve_followers(url: str, prefix: str, how: str) -> None:
         )
         return {"answer": "done"}
 
-    with RedisCache(url, prefix=prefix) as cache:
+    with RedisCache(url, prefix=prefix, **PATIENT) as cache:
+        Backend.of(cache).deadline = PATIENT["timeout"]
         graph = one_node(True, Question, lambda state: compute(), cache=cache)
         builder: Any = StateGraph(Question)
         asking = builder.add_node("ask", ask_items).add_edge(START, "ask").compile(cache=cache)

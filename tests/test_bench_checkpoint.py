@@ -93,11 +93,11 @@ def test_a_look_at_what_others_own_would_be_counted(
     assert any(many[kind] >= few[kind] + bench_checkpoint.ENTRIES for kind in few)
 
 
-def test_commands_are_counted(redis_server: Server) -> None:
+def test_commands_are_counted(own_server: Server) -> None:
     """Each command that the server carries out, by whatever way, and each key that goes."""
-    with redis.Redis.from_url(redis_server.url) as client:
+    with redis.Redis.from_url(own_server.url) as client:
         client.set("counted", 1)
-        with bench_checkpoint._commands(redis_server.url) as done:
+        with bench_checkpoint._commands(own_server.url) as done:
             client.eval("redis.call('GET', KEYS[1])", 1, "counted")
             client.delete("counted")
     assert done == {"commands": 3, "keys": 1}

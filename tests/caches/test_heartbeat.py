@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from langgraph.graph import START
@@ -25,7 +27,7 @@ from langgraph_perf import (
 )
 from langgraph_perf._flight import held_flights
 from langgraph_perf.caches.base import Cache, Lease
-from tests.conftest import Threads
+from tests.conftest import Clock, Threads
 from tests.redis_server import Server, new_prefix
 from tests.test_single_flight import auntil, until
 
@@ -166,48 +168,57 @@ def test_a_run_that_gets_no_thread_is_a_run(redis_server: Server, threads: Threa
         builder.add_node("node", node, cache_policy=CachePolicy(version=1))
         graph = builder.add_edge(START, "node").compile(cache=cache)
         threads.allowed = False
-        tokens = set(_heartbeat._keeper_of)
         for query in ("a", "b"):
             assert graph.invoke({"query": query})["answer"] == query
         assert not held_flights.get()
-        assert set(_heartbeat._keeper_of) == tokens
+        # leases of other tests may be dropped meanwhile
+        assert _heartbeat._keepers[cache] not in list(_heartbeat._keeper_of.values())
         assert graph.perf.stats().failures == {}
 
 
-def renewals(cache: Cache) -> tuple[list[int], threading.Event]:
-    """How many leases are renewed at a time, and what is set after a few times."""
+def renewals(cache: RedisCache) -> tuple[list[int], list[int], threading.Event]:
+    """How many leases are renewed at a time, how many round trips there were by then, and what is
+    set after a few times."""
     sizes: list[int] = []
+    trips: list[int] = []
     enough, renew_many = threading.Event(), cache.renew_many
 
     def noted(leases: Sequence[Lease]) -> Any:
         renewed = renew_many(leases)
         assert None not in renewed
+        trips.append(cache.round_trips)
         sizes.append(len(leases))
         if len(sizes) == 3:
             enough.set()
         return renewed
 
     cache.renew_many = noted  # type: ignore[method-assign]
-    return sizes, enough
+    return sizes, trips, enough
 
 
-def test_many_leases_are_renewed_together(redis_server: Server) -> None:
+def test_many_leases_are_renewed_together(
+    redis_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many nodes run, their leases cost a round trip a beat, and none is lost."""
+    # they beat as leases of three seconds do, and last as long as a busy machine may need
+    monkeypatch.setattr(RedisCache, "_lease_ms", 100_000)
     with RedisCache(redis_server.url, prefix=new_prefix(), lease_seconds=3.0) as cache:
         leases = [cache.acquire((("n",), str(i))) for i in range(200)]
         assert None not in leases
-        sizes, enough = renewals(cache)
+        sizes, trips, enough = renewals(cache)
         before = cache.round_trips
-        for lease in leases:
-            assert lease is not None
-            _heartbeat.keep(cache, lease)
+        with monkeypatch.context() as patch:
+            now = time.monotonic()  # all at once, however long it takes
+            patch.setattr(_heartbeat, "time", SimpleNamespace(monotonic=lambda: now))
+            for lease in leases:
+                assert lease is not None
+                _heartbeat.keep(cache, lease)
         assert enough.wait(20)
-        trips = cache.round_trips - before
         for lease in leases:
             assert lease is not None
             _heartbeat.drop(lease)
         assert sizes[:3] == [200] * 3
-        assert trips <= 5
+        assert trips[2] - before <= 5
         assert cache.acquire((("n",), "7")) is None
 
 
@@ -216,33 +227,89 @@ class State(TypedDict, total=False):
     answer: str
 
 
+class Beating:
+    """What the heartbeat takes for a cache: it beats often, however long its leases last.
+
+    Attributes:
+        beats: how often leases were renewed.
+    """
+
+    lease_seconds = 0.3
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self.beats = 0
+
+    def renew_many(self, leases: Sequence[Lease]) -> Any:
+        renewed = self._cache.renew_many(leases)
+        self.beats += 1
+        return renewed
+
+
+LEASE_SECONDS = 100.0
+
+
 @pytest.fixture(params=["disk", "redis"])
-def both(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    """Two caches in one place, as two processes have them, whose leases are over in two seconds."""
+def both(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Any:
+    """Two caches in one place, as two processes have them, and what lets time pass there."""
     made: list[Cache]
+    age = clock.advance
     if request.param == "disk":
-        made = [DiskCache(tmp_path / "cache", lease_seconds=2.0) for _ in range(2)]
+        made = [
+            DiskCache(tmp_path / "cache", lease_seconds=LEASE_SECONDS, clock=clock)
+            for _ in range(2)
+        ]
     else:
-        url, prefix = request.getfixturevalue("redis_server").url, new_prefix()
-        made = [RedisCache(url, prefix=prefix, lease_seconds=2.0) for _ in range(2)]
+        server, prefix = request.getfixturevalue("redis_server"), new_prefix()
+        made = [
+            RedisCache(server.url, prefix=prefix, lease_seconds=LEASE_SECONDS, clock=clock)
+            for _ in range(2)
+        ]
+
+        def age(seconds: float) -> None:
+            clock.advance(seconds)
+            server.age(prefix, seconds)
+
     with ExitStack() as stack:
-        yield [stack.enter_context(cache) for cache in made]
+        yield [stack.enter_context(cache) for cache in made], age
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_a_node_may_run_for_longer_than_its_lease(both: list[Cache], mode: str) -> None:
+def test_a_node_may_run_for_longer_than_its_lease(
+    both: tuple[list[Cache], Callable[[float], None]], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While it runs nobody else does, and its late result is stored and answers who waited."""
+    (first, second), age = both
     begun: list[float] = []
+    looks: list[Lease | None] = []
     end = threading.Event()
+    beating, keep, acquire = Beating(first), _heartbeat.keep, type(second).acquire
+
+    def keep_beating(cache: Cache, lease: Lease, seconds: float = math.inf) -> None:
+        keep(cast("Cache", beating) if cache is first else cache, lease, seconds)
+
+    def look(key: Any) -> Lease | None:
+        looks.append(acquire(second, key))
+        return looks[-1]
+
+    async def alook(key: Any) -> Lease | None:
+        looks.append(await type(second).aacquire(second, key))
+        return looks[-1]
+
+    monkeypatch.setattr(_heartbeat, "keep", keep_beating)
+    if mode == "sync":
+        monkeypatch.setattr(second, "acquire", look)
+    else:
+        monkeypatch.setattr(second, "aacquire", alook)
 
     def node(state: State) -> State:
         begun.append(time.monotonic())
-        assert end.wait(30)
+        assert end.wait(100)
         return {"answer": "done"}
 
     async def anode(state: State) -> State:
         begun.append(time.monotonic())
-        await auntil(end.is_set, 30)
+        await auntil(end.is_set, 100)
         return {"answer": "done"}
 
     def ask(cache: Cache) -> Any:
@@ -255,12 +322,17 @@ def test_a_node_may_run_for_longer_than_its_lease(both: list[Cache], mode: str) 
 
     with ThreadPoolExecutor(2) as pool:
         try:
-            leader = pool.submit(ask, both[0])
+            leader = pool.submit(ask, first)
             until(lambda: len(begun) == 1)
-            follower = pool.submit(ask, both[1])
-            # two lives of a lease, and a look at one that nobody renews is due every second
-            until(lambda: len(begun) > 1 or time.monotonic() - begun[0] > 4.5)
+            follower = pool.submit(ask, second)
+            for _ in range(3):  # more than two lives of a lease
+                beats, seen = beating.beats, len(looks)
+                # the first of two may have begun before, and the time have been set back
+                until(lambda beats=beats: beating.beats >= beats + 2)  # type: ignore[misc]
+                age(0.8 * LEASE_SECONDS)
+                until(lambda seen=seen: len(looks) > seen)  # type: ignore[misc]
         finally:
             end.set()
-        assert leader.result(30)["answer"] == follower.result(30)["answer"] == "done"
+        assert leader.result(60)["answer"] == follower.result(60)["answer"] == "done"
     assert len(begun) == 1
+    assert looks.count(None) == len(looks)

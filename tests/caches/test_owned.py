@@ -176,6 +176,8 @@ def redis_work(server: Server, namespaces: int) -> list[Any]:
         fill(cache, namespaces)
         cache.copy(thread(1), thread("to know the connection"), {})
         cache.clear([thread("to know the connection")])
+        # each round finds a copy there, so that whichever is taken has had the same to do
+        cache.copy(thread(1), thread("copy"), {})
 
         def copy(number: int) -> None:
             assert cache.copy(thread(number), thread("copy"), {}) == EACH
@@ -338,16 +340,16 @@ def test_redis_index_follows(redis_cache: RedisCache, redis_server: Server, pref
         cache.write((A, "0"), entry(expires=now + 1000))
         cache.write((A, "1"), entry(expires=now + 100))
         scores = dict(client.zrange(index, 0, -1, withscores=True))
-        assert {name: round(score / 1000 - now) for name, score in scores.items()} == {
-            names[0]: 1001,
-            names[1]: 101,
-        }
-        assert 999_000 < client.pttl(index) <= 1_002_000
+        took = time.time() - now
+        assert scores.keys() == {names[0], names[1]}
+        for name, seconds in ((names[0], 1001), (names[1], 101)):
+            assert seconds - 0.1 < scores[name] / 1000 - now < seconds + 0.1 + took
+        assert 900_000 < client.pttl(index) <= 1_002_000
         cache.write((A, "2"), entry())
         assert client.pttl(index) == -1
         assert client.zscore(index, names[2]) == float("inf")
         cache.write((A, "2"), entry(expires=now + 50))
-        assert 999_000 < client.pttl(index) <= 1_002_000
+        assert 900_000 < client.pttl(index) <= 1_002_000
         client.zadd(index, {names[1]: (now - 1) * 1000})  # time passes
         client.delete(index.replace(":n:", ":e2:") + names[1].decode())
         cache.write((A, "2"), entry(expires=now + 50))

@@ -134,7 +134,9 @@ def test_ping_says_what_is_wrong(own_server: Server, mode: str) -> None:
         f"redis://:s3cret@{place}/99": [f"{place}, database 99", "no such database"],
         f"rediss://:s3cret@{place}/0": [place, "redis:// if this one does not"],
     }.items():
-        with RedisCache(url, timeout=2.0, connect_timeout=2.0) as cache:
+        # who speaks TLS to this one waits in vain; others get an answer, however long it takes
+        seconds = 2.0 if url.startswith("rediss") else 20.0
+        with RedisCache(url, timeout=seconds, connect_timeout=seconds) as cache:
             ping = cache.ping if mode == "sync" else lambda c=cache: asyncio.run(c.aping())
             with pytest.raises(ConfigurationError) as caught:
                 ping()
@@ -285,8 +287,11 @@ async def test_a_sentinel_that_hangs(own_server: Server, prefix: str, tmp_path: 
         before = set(threading.enumerate())
         finder = Sentinel([("127.0.0.1", port)])
         client = finder.master_for("main")
-        with RedisCache(client, prefix=prefix, timeout=1.0, connect_timeout=1.0) as cache:
+        with RedisCache(client, prefix=prefix) as cache:
             cache.ping()
+            # only now: a busy machine may take longer for what is to be in time
+            assert isinstance(cache._line, Line)
+            cache.timeout = cache._line.connect_timeout = 1.0
             with sentinel.stopped():
                 admin.client_kill_filter(_type="normal", skipme=True)
                 started = time.monotonic()
@@ -340,17 +345,27 @@ async def test_what_comes_meanwhile_goes_out_together(cache: RedisCache) -> None
     assert cache.round_trips - before <= 3
 
 
-def test_threads_share_round_trips(redis_server: Server, prefix: str, proxy: Proxy) -> None:
+def test_threads_share_round_trips(
+    prefix: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While one thread's request is under way, the others' gather."""
-    proxy.delay = 0.1
-    started = threading.Barrier(32)  # it takes a busy machine a while to start them
 
     def read(_: int) -> Any:
-        started.wait(60)
         return cache.read([Lookup(KEY)])[0]
 
     with RedisCache(proxy.url, prefix=prefix) as cache, ThreadPoolExecutor(32) as pool:
         cache.write(KEY, entry())
+        line = cache._line
+        assert isinstance(line, Line)
+        carry = line._carry
+
+        def under_way(batch: list[_Job]) -> None:
+            monkeypatch.setattr(line, "_carry", carry)
+            # it takes a busy machine a while to start them all; who is led for is among them
+            until(lambda: len(line._queue) == 32)
+            carry(batch)
+
+        monkeypatch.setattr(line, "_carry", under_way)
         before = cache.round_trips
         found = list(pool.map(read, range(32)))
         assert found == [entry()] * 32
@@ -387,21 +402,28 @@ def test_scripts_survive_a_server_that_forgot_them(cache: RedisCache, redis_serv
 
 
 def test_a_follower_that_leaves_is_not_waited_for(
-    redis_server: Server, prefix: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    redis_server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who gives up waiting, or is interrupted, while others use the line passes his turn on."""
-    with RedisCache(proxy.url, prefix=prefix, timeout=5.0) as cache, ThreadPoolExecutor(3) as pool:
+    leads, go_on = threading.Event(), threading.Event()
+    with RedisCache(redis_server.url, prefix=prefix) as cache, ThreadPoolExecutor(3) as pool:
         cache.ping()
-        proxy.delay = 1.0
         line = cache._line
         assert isinstance(line, Line)
+        carry = line._carry
+
+        def held(batch: list[_Job]) -> None:
+            leads.set()
+            assert go_on.wait(20)
+            carry(batch)
+
+        monkeypatch.setattr(line, "_carry", held)
         leader = pool.submit(cache.read, [Lookup(KEY)])
-        while not line._leader:
-            time.sleep(0.001)
+        assert leads.wait(20)
         cache.timeout = 0.05
         with pytest.raises(TimeoutError):
             cache.read([Lookup(KEY)])
-        cache.timeout = 10.0
+        cache.timeout = 20.0
 
         def interrupted(job: _Job) -> None:
             raise KeyboardInterrupt
@@ -410,9 +432,9 @@ def test_a_follower_that_leaves_is_not_waited_for(
             patch.setattr(line, "_follow", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 cache.read([Lookup(KEY)])
-        assert leader.result(10) == [None]
-        proxy.delay = 0.0
-        assert pool.submit(cache.read, [Lookup(KEY)]).result(10) == [None]
+        go_on.set()
+        assert leader.result(20) == [None]
+        assert pool.submit(cache.read, [Lookup(KEY)]).result(20) == [None]
         assert not line._leader
 
 
@@ -442,7 +464,7 @@ def test_no_interruption_stops_a_line(redis_server: Server, prefix: str, connect
             sys.setprofile(None)
         return False
 
-    with RedisCache(redis_server.url, prefix=prefix, timeout=5.0, connect_timeout=5.0) as cache:
+    with RedisCache(redis_server.url, prefix=prefix, timeout=60.0, connect_timeout=60.0) as cache:
         line = cache._line
         assert isinstance(line, Line)
         at = 0
@@ -454,7 +476,8 @@ def test_no_interruption_stops_a_line(redis_server: Server, prefix: str, connect
                 break
             started = time.monotonic()
             assert cache.read([Lookup(KEY)]) == [None]
-            assert time.monotonic() - started < 2.0
+            # long before its deadline, and however busy the machine is
+            assert time.monotonic() - started < 20.0
             assert not line._leader
             assert not line._queue
             at += 1
@@ -493,10 +516,11 @@ def test_an_answer_that_drips_has_one_deadline(
     redis_server: Server, prefix: str, proxy: Proxy, mode: str
 ) -> None:
     """However many pieces an answer comes in, the operation ends in time."""
-    with RedisCache(proxy.url, prefix=prefix, timeout=1.0) as cache:
+    with RedisCache(proxy.url, prefix=prefix) as cache:
         assert cache.write(KEY, entry(b"x" * 400_000))
         assert cache.read([Lookup(KEY)]) != [None]
-        proxy.drip = 0.1  # ten seconds in all
+        cache.timeout = 1.0  # what is to be in time may take a busy machine longer
+        proxy.drip = 0.5  # fifty seconds in all
 
         async def read() -> None:
             await cache.aread([Lookup(KEY)])
@@ -504,7 +528,7 @@ def test_an_answer_that_drips_has_one_deadline(
         started = time.monotonic()
         with pytest.raises(TimeoutError):
             cache.read([Lookup(KEY)]) if mode == "sync" else asyncio.run(read())
-        assert time.monotonic() - started < 5.0
+        assert time.monotonic() - started < 20.0
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
@@ -736,9 +760,10 @@ def test_times_to_live_are_the_servers(
     cache.acquire(KEY)
     with redis_server.client() as client:
         left = sorted(client.ttl(name) for name in client.scan_iter(match=f"{prefix}:*"))
+    took = time.time() - now
     assert left[0] == -1
-    assert 8 <= left[1] <= 10
-    assert 58 <= left[2] <= 60
+    assert 9 - took <= left[1] <= 10
+    assert 59 - took <= left[2] <= 60
     assert 29 * 86400 < left[3] <= 30 * 86400
 
 
@@ -859,6 +884,9 @@ def test_a_lease_granted_to_nobody(redis_server: Server, prefix: str, proxy: Pro
             asking = asyncio.create_task(cache.aacquire(KEY))
             while cache.round_trips == before:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0)
+            with redis_server.client() as client:
+                # it has been asked for, which the network alone does not promise
+                until(lambda: client.keys(f"{prefix}:1:l:*") != [])
             assert not asking.done()
             proxy.delay = 0.0  # for what is asked from now on
 
@@ -1100,16 +1128,18 @@ def test_own_invalidations_count_at_once(
 
 def test_a_cut_view_serves_nothing(redis_server: Server, proxy: Proxy, prefix: str) -> None:
     """While nothing can be heard, no token is known; what changed meanwhile counts afterwards."""
-    quick = RedisCache(proxy.url, prefix=prefix, timeout=1.0)
+    quick = RedisCache(proxy.url, prefix=prefix)
     with TieredCache(MemoryCache(), quick) as tiers:
         store(tiers)
         known(tiers, Lookup(KEY))
+        quick.timeout = 1.0  # only now: a busy machine may take longer for what is to be in time
         proxy.deaf = True
         with RedisCache(redis_server.url, prefix=prefix) as other:
             other.invalidate("docs")  # waits for the view, which cannot hear it, to end
             assert tiers.read([Lookup(KEY)]) == [None]
             proxy.deaf = False
             proxy.reset()
+            quick.timeout = 20.0
             assert tiers.read([Lookup(KEY)]) == [None]
             store(other, b"new")
         deadline = time.monotonic() + 20
@@ -1128,10 +1158,10 @@ def test_a_new_connection_brings_no_old_tokens_back(
 ) -> None:
     """What changed while the listener's connection was lost is not served after it has another one,
     although nobody has asked for its tags since."""
-    quick = RedisCache(proxy.url, prefix=prefix, timeout=1.0)
+    last = RedisCache(proxy.url, prefix=prefix)
     other_key = (KEY[0], "other")
     with (
-        TieredCache(MemoryCache(), quick) as tiers,
+        TieredCache(MemoryCache(), last) as tiers,
         RedisCache(redis_server.url, prefix=prefix) as other,
     ):
         store(tiers)
@@ -1147,8 +1177,8 @@ def test_a_new_connection_brings_no_old_tokens_back(
         def warm() -> bool:
             for tier in tiers._tiers:
                 ask_again(tier)
-            before = quick.round_trips
-            return tiers.read([Lookup(other_key)]) != [None] and quick.round_trips == before
+            before = last.round_trips
+            return tiers.read([Lookup(other_key)]) != [None] and last.round_trips == before
 
         until(warm)
         assert tiers.read([Lookup(KEY)]) == [None]
@@ -1197,8 +1227,12 @@ def test_a_restarted_server_may_have_forgotten_views(own_server: Server, prefix:
         assert took >= 0.05
 
 
-def test_what_changes_while_it_is_asked_for_is_not_remembered(tiers: TieredCache) -> None:
+def test_what_changes_while_it_is_asked_for_is_not_remembered(
+    tiers: TieredCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A token read before a change and answered after it is not taken for the current one."""
+    # a busy machine may keep the listener from renewing it for longer than a view holds
+    monkeypatch.setattr("langgraph_perf.caches._redis_view.VIEW_SECONDS", 10.0)
     store(tiers)
     known(tiers, Lookup(KEY))
     server = tiers.tiers[-1]
@@ -1235,7 +1269,7 @@ def test_the_listener_ends_with_its_cache(redis_server: Server, prefix: str) -> 
     known(tiers, Lookup(KEY))
     del tiers
     gc.collect()
-    assert listeners() == 0
+    until(lambda: listeners() == 0)  # another thread may have collected it, or it itself
 
 
 # -- waiting for another's result -----------------------------------------------------------------
@@ -1257,20 +1291,21 @@ def test_who_waits_is_woken(
     have ended anyway."""
     # however long a busy machine takes until the server tells
     monkeypatch.setattr("langgraph_perf.caches.redis._POLL", 10.0)
-    cache.lease_seconds = 1.5 if how == "expire" else 30
+    cache.lease_seconds = 1.5 if how == "expire" else 100
     lease = cache.acquire(key)
     assert lease is not None
     with RedisCache(redis_server.url, prefix=prefix) as other, ThreadPoolExecutor(1) as pool:
 
         def wait() -> float:
             if mode == "sync":
-                other.pause(key, 20.0)
+                other.pause(key, 60.0)
             else:
-                asyncio.run(other.apause(key, 20.0))
+                asyncio.run(other.apause(key, 60.0))
             return time.monotonic()
 
         waiting = pool.submit(wait)
-        subscribed(redis_server, prefix)
+        if how != "expire":  # before a busy machine gets that far it may have, which is as well
+            subscribed(redis_server, prefix)
         started = time.monotonic()
         if how == "write":
             cache.write(key, entry(), lease)
@@ -1278,7 +1313,7 @@ def test_who_waits_is_woken(
             cache.write(key, entry())
         elif how == "release":
             cache.release(lease)
-        assert waiting.result(10) - started < 5.0
+        assert waiting.result(60) - started < 20.0
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])

@@ -75,8 +75,10 @@ def test_nodes_that_hang(client: Any) -> None:
     prefix = new_prefix()
     nodes = client.info("server", target_nodes=redis.RedisCluster.ALL_NODES)
     pids = [info["process_id"] for info in nodes.values()]
-    with RedisCache(client, prefix=prefix, timeout=1.0) as cache:
+    with RedisCache(client, prefix=prefix) as cache:
         assert cache.write(KEY, entry())
+        # only now: a busy machine may take longer for what is to be in time
+        cache.timeout = cache._line.timeout = 1.0
 
         async def read() -> None:
             await cache.aread([Lookup(KEY)])
@@ -91,9 +93,9 @@ def test_nodes_that_hang(client: Any) -> None:
                 asyncio.run(read())
             with pytest.raises(TimeoutError):
                 cache.clear()
-            assert time.monotonic() - started < 10.0
+            assert time.monotonic() - started < 20.0
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
-        cache.timeout = 10.0
+        cache.timeout = 20.0
         assert cache.read([Lookup(KEY)]) == [entry()]

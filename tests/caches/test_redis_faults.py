@@ -27,7 +27,7 @@ from tests.redis_server import Proxy, Server, free_port, new_prefix
 from tests.servers import ask_again
 from tests.test_single_flight import until
 
-TIMEOUT = 0.5
+TIMEOUT = 1.0
 """Long enough that what a busy machine adds to it is little beside the deadlines of a whole run."""
 
 
@@ -247,12 +247,16 @@ def test_it_recovers_by_itself(fault: Fault, mode: str, tiers: bool, victim: Ser
                 return cache.tiers[-1].stats().writes > 0  # type: ignore[attr-defined]
             return runs.count(query) == 1
 
-        # five seconds are promised, and the machine may be busy
-        until(hits_again, 10)
+        # five seconds are promised (see below); on a busy machine probes may fail as well
+        until(hits_again, 40)
 
 
-def test_a_server_that_is_away_costs_little_once_that_is_known() -> None:
+def test_a_server_that_is_away_costs_little_once_that_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With the breaker open a run is not slowed down."""
+    # ten runs may take a busy machine longer than a pause, after which it is asked again
+    monkeypatch.setattr("langgraph_perf._breaker.FIRST_PAUSE", 3600.0)
     with RedisCache(f"redis://127.0.0.1:{free_port()}", timeout=TIMEOUT) as cache:
         graph, _ = build(cache)
         run(graph, [str(i) for i in range(5)], "sync")
@@ -287,7 +291,8 @@ def test_the_first_tier_goes_on_while_the_server_is_away(own_server: Server) -> 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_run_loses_one_deadline(proxy: Proxy, mode: str, tiers: bool) -> None:
     """A server that goes deaf while a node runs is not asked again for the nodes that follow."""
-    cache: Cache = RedisCache(proxy.url, prefix=new_prefix(), timeout=2.0, connect_timeout=2.0)
+    # so long that two would be told apart from one and what a busy machine takes
+    cache: Cache = RedisCache(proxy.url, prefix=new_prefix(), timeout=6.0, connect_timeout=6.0)
     if tiers:
         cache = TieredCache(MemoryCache(), cache)
     builder = StateGraph(State)
@@ -300,7 +305,7 @@ def test_a_run_loses_one_deadline(proxy: Proxy, mode: str, tiers: bool) -> None:
     builder.add_node("first", first, cache_policy=policy)
     builder.add_node("second", lambda state: {"answer": "about q"}, cache_policy=policy)
     builder.add_edge(START, "first").add_edge("first", "second")
-    assert run(builder.compile(cache=cache), ["q"], mode) < 3.8
+    assert run(builder.compile(cache=cache), ["q"], mode) < 11.8
     cache.close()
 
 
@@ -330,11 +335,15 @@ def test_pauses_are_short(clock: Clock) -> None:
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_hung_server_costs_its_deadline(own_server: Server, mode: str) -> None:
     """However many ask at once, each waits for its deadline and not for those before it."""
-    cache = RedisCache(own_server.url, prefix="p", timeout=TIMEOUT, connect_timeout=TIMEOUT)
+    # fifty of them would be told apart from what a busy machine takes for fifty runs
+    seconds = 2.0
+    cache = RedisCache(own_server.url, prefix="p", timeout=seconds, connect_timeout=seconds)
     graph, _ = build(cache)
     run(graph, ["q"], mode)
 
     async def all_at_once() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(50))
+
         def ask(i: int) -> Any:
             query = {"query": str(i)}
             return (
@@ -347,7 +356,7 @@ def test_a_hung_server_costs_its_deadline(own_server: Server, mode: str) -> None
     with own_server.stopped():
         started = time.monotonic()
         asyncio.run(all_at_once())
-        assert time.monotonic() - started < 8 * TIMEOUT
+        assert time.monotonic() - started < 20 * seconds
     cache.close()
 
 

