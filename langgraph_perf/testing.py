@@ -236,7 +236,7 @@ class CacheConformance:
     def test_reads_back_exactly_what_was_written(self, cache: Subject) -> None:
         """An entry comes back bit for bit, with its metadata."""
         for payload in (b"", b"\0", os.urandom(100), os.urandom(1_500_000)):
-            stored = entry(payload, expires=1_700_000_000.125, seconds=0.1, tokens=2**40)
+            stored = entry(payload, expires=1_700_001_000.125, seconds=0.1, tokens=2**40)
             assert cache.write(KEY, stored) is True
             assert cache.one() == stored
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from langgraph.pregel import _retry
 
 from langgraph_perf import DiskCache, MemoryCache, RedisCache, TieredCache
@@ -28,6 +30,11 @@ from .resources.helpers import auntil
 from .servers import postgres as postgres
 
 PATIENCE = 20.0
+
+# what a change is told is about the change: chance looks for more when it is asked to
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.register_profile("random", deadline=None)
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,6 +56,11 @@ def _patient() -> Iterator[None]:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """What this library said; asyncio may speak at any time of what other tests left behind."""
+    return [record for record in caplog.records if record.name == "langgraph_perf"]
 
 
 class Threads:

@@ -1177,7 +1177,7 @@ def survives(payload: bytes) -> None:
     assert calls == []
 
 
-hostile = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+hostile = settings(max_examples=300, suppress_health_check=list(HealthCheck))
 
 
 @hostile
@@ -1404,7 +1404,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(values)
 def test_any_value_comes_back_exactly(value):
     """decode(encode(x)) equals x and has its type at every level, natively or not."""

@@ -26,7 +26,7 @@ from langgraph_perf._patience import Patience
 from langgraph_perf._within import within
 from langgraph_perf.caches.base import Lease, Lookup
 from langgraph_perf.caches.foreign import ForeignCache
-from tests.conftest import Clock
+from tests.conftest import Clock, told
 
 
 class State(TypedDict, total=False):
@@ -46,11 +46,6 @@ def build(cache: Any, node: Any = done, **policy: Any) -> Any:
     builder = StateGraph(State)
     builder.add_node("node", node, cache_policy=CachePolicy(version=1, **policy))
     return builder.add_edge(START, "node").compile(cache=cache)
-
-
-def told(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """What this library said; asyncio may speak at any time of what other tests left behind."""
-    return [record for record in caplog.records if record.name == "langgraph_perf"]
 
 
 class Flaky(MemoryCache):

@@ -478,14 +478,14 @@ def same_unordered(a: list[Any], b: list[Any]) -> bool:
     return not rest
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(values, values)
 def test_digests_are_equal_exactly_when_values_are(a, b):
     """No two different generated values collide, and equal ones never differ."""
     assert (key(a) == key(b)) == same(a, b)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 3) | st.just("0"), max_size=6), st.integers(0, 6), st.data())
 def test_nesting_is_told_apart(items, cut, data):
     """The same leaves, grouped differently, are a different value."""
@@ -498,7 +498,7 @@ def test_nesting_is_told_apart(items, cut, data):
     assert key(grouped) != key([*items[:cut], other(items[cut:])])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(values, st.randoms(use_true_random=False))
 def test_order_never_counts(value, random):
     """Shuffling every dict leaves the digest as it is."""

@@ -540,7 +540,7 @@ def test_ids_and_metadata_given_later_do_not_count():
     assert key(talk) == before == fresh_key(talk)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32))
 def test_remembering_never_changes_a_key(seed):
     """Appended to, trimmed, forked, reordered, edited: the key is that of a fresh start."""

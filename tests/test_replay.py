@@ -663,7 +663,7 @@ def test_originals_are_left_alone():
 PAYLOAD = pack_result([*conversation("one"), AIMessage("n", id="n")], conversation("one"))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_damage_is_decode_error(data):
     """Damaged and truncated payloads raise nothing but DecodeError."""
@@ -684,7 +684,7 @@ entries = st.dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(plain | st.lists(plain) | entries)
 def test_a_nonsense_plan_is_decode_error(plan):
     """A well-formed payload with a plan of another shape raises nothing but DecodeError."""
@@ -815,7 +815,7 @@ def identities(messages: list[Any]) -> list[tuple[str, str]]:
     return found
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(histories(), ACTIONS)
 def test_a_replay_is_what_the_node_would_have_returned_up_to_fresh_ids(rows, actions):
     """On any history: references name the same messages and calls, creations are new, all agree."""

@@ -194,6 +194,10 @@ def _encoded(url: str) -> str:
     return "; in user and password / @ : ? # are percent-encoded (urllib.parse.quote(..., safe=''))"
 
 
+_CUT = re.compile("closed|lost|reset by peer|broken pipe", re.IGNORECASE)
+"""What is said of a connection that the other side has ended, whatever we were doing."""
+
+
 def unusable(source: Source, exc: Exception) -> str:
     """What ``ping`` says of a server that answered, or did not, with ``exc``."""
     place, tls = "the cluster", False
@@ -213,7 +217,7 @@ def unusable(source: Source, exc: Exception) -> str:
         hint = "; it has no such database"
     elif tls:
         hint = "; rediss:// is for servers that speak TLS: redis:// if this one does not"
-    elif isinstance(exc, redis.ConnectionError) and re.search("closed|reset by peer", said):
+    elif isinstance(exc, redis.ConnectionError) and _CUT.search(said):
         hint = "; what listens there is no Redis server, or one that speaks TLS (rediss://)"
     return (
         f"url_or_client: the server at {place} cannot be used: {said}{hint}; accepted: a Redis "

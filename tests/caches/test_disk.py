@@ -31,6 +31,7 @@ from langgraph_perf.caches.disk import DiskCache
 from langgraph_perf.caches.memory import MemoryCache
 from langgraph_perf.caches.tiered import TieredCache
 from langgraph_perf.errors import ConfigurationError
+from tests.conftest import told
 from tests.test_single_flight import auntil
 
 from .conftest import entry
@@ -350,7 +351,7 @@ def test_damaged_file(tmp_path, damage, caplog):
             assert found == [None] * 50
             assert payload(cache) == b"value"
             assert cache.stats().entries == 1
-        logged = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        logged = [record for record in told(caplog) if record.levelno >= logging.WARNING]
         aside = [path.name for path in directory.glob("*.damaged-*")]
         if damage is emptied:  # nothing to keep
             assert (logged, aside) == ([], [])
@@ -832,7 +833,7 @@ def test_fork_during_an_endless_transaction(tmp_path, caplog):
                 assert forked(child)
             finally:
                 end.set()
-        assert [record.getMessage() for record in caplog.records] == [
+        assert [record.getMessage() for record in told(caplog)] == [
             f"{cache.directory / 'cache.db'} is in use by a thread while the process forks: the"
             " child has no cache there"
         ]

@@ -183,7 +183,6 @@ def test_agrees_with_a_dictionary(kind, redis_server):
     machine.settings = settings(
         max_examples=12 if on_disk else 60,
         stateful_step_count=25 if on_disk else 40,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
     )
     machine().runTest()

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from langgraph_perf import DiskCache, RedisCache
 from langgraph_perf.caches.base import Cache
+from tests.conftest import told
 from tests.redis_server import free_port
 
 KEY = (("n",), "k")
@@ -57,7 +58,7 @@ def test_a_plain_graph_goes_on(failing: Cache, mode: str, caplog: pytest.LogCapt
             asked: State = {"query": "caching"}
             said = graph.invoke(asked) if mode == "sync" else asyncio.run(graph.ainvoke(asked))
             assert said["answer"] == "about caching"
-    kinds = [record.getMessage().partition(",")[0] for record in caplog.records]
+    kinds = [record.getMessage().partition(",")[0] for record in told(caplog)]
     assert kinds
     assert len(set(kinds)) == len(kinds), kinds
     assert isinstance(failing, DiskCache) or runs == [1, 1, 1]

@@ -18,6 +18,7 @@ import redis
 import redis.asyncio
 
 from langgraph_perf import ConfigurationError, MemoryCache, RedisCache, TieredCache
+from langgraph_perf.caches._redis_connect import Source, unusable
 from langgraph_perf.caches.base import Lookup
 from langgraph_perf.testing import KEY, entry
 from tests.redis_server import Server, new_prefix
@@ -138,3 +139,19 @@ def test_ping_says_that_the_server_may_speak_tls(mode: str, end: str) -> None:
             cache.ping() if mode == "sync" else asyncio.run(cache.aping())
         listener.shutdown(socket.SHUT_RDWR)
         refusing.join(20)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Connection closed by server.",
+        "Connection lost",
+        "Error while reading from 127.0.0.1:1 : (104, 'Connection reset by peer')",
+        "Error 32 while writing to socket. Broken pipe.",
+    ],
+)
+def test_however_a_connection_ends_tls_may_be_why(said: str) -> None:
+    """What is said depends on what we were doing when the server hung up."""
+    source = Source("redis://127.0.0.1:1", 1, 1)
+    assert "rediss://" in unusable(source, redis.ConnectionError(said))
+    assert "rediss://" not in unusable(source, redis.ConnectionError("Connection refused"))

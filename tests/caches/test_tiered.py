@@ -16,6 +16,7 @@ from langgraph_perf.caches.memory import MemoryCache
 from langgraph_perf.caches.redis import RedisCache
 from langgraph_perf.caches.tiered import TieredCache
 from langgraph_perf.errors import ConfigurationError
+from tests.conftest import told
 from tests.servers import ask_again
 
 from .conftest import Clock, entry
@@ -326,9 +327,9 @@ def test_each_outage_of_a_tier_and_its_end_are_logged(clock, caplog, monkeypatch
         first.broken = False
         for _ in range(3):
             payload(cache)
-        told = [(record.levelname, record.getMessage().split()[0]) for record in caplog.records]
-        assert told.count(("WARNING", "peek")) == told.count(("INFO", "peek")) == outage
-        assert told.count(("WARNING", "write")) <= outage
+        said = [(record.levelname, record.getMessage().split()[0]) for record in told(caplog)]
+        assert said.count(("WARNING", "peek")) == said.count(("INFO", "peek")) == outage
+        assert said.count(("WARNING", "write")) <= outage
     assert "peek of Broken works again" in caplog.messages
 
 
@@ -344,7 +345,7 @@ def test_failing_first_tier(clock, caplog):
     assert stats.tiers[1].errors == 0
     first.broken = False
     assert payload(cache) == b"value"
-    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    warnings = [r.getMessage() for r in told(caplog) if r.levelno == logging.WARNING]
     assert [message.split()[0] for message in warnings] == ["write", "peek"]
     assert all("backend is down" in message for message in warnings)
 

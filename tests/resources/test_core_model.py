@@ -304,6 +304,4 @@ class SharedMachine(CoreMachine):
 
 TestExclusive = CoreMachine.TestCase
 TestShared = SharedMachine.TestCase
-TestExclusive.settings = TestShared.settings = settings(
-    max_examples=100, stateful_step_count=50, deadline=None
-)
+TestExclusive.settings = TestShared.settings = settings(max_examples=100, stateful_step_count=50)

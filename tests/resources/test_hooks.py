@@ -12,14 +12,10 @@ import pytest
 from langgraph_perf.errors import ConfigurationError, ResourceError
 from langgraph_perf.resources import Keyed, Pool
 
+from ..conftest import told
 from .helpers import Holder, Maker, auntil, check_at_rest, until
 
 Watch = Callable[[Any], Any]
-
-
-def logged(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """What this library said. asyncio may tell, at any time, what tests before left pending."""
-    return [record for record in caplog.records if record.name == "langgraph_perf"]
 
 
 def _cancel(thing: object) -> None:
@@ -148,7 +144,7 @@ def test_resets_and_closes_that_hide_a_coroutine_are_reported(
         with pool.lease():
             pass
         pool.close()
-    (record,) = logged(caplog)
+    (record,) = told(caplog)
     assert f"{field} failed" in record.getMessage()
     assert f"Pool 'db': {field}=" in record.getMessage()
     assert "'async def'" in record.getMessage()
@@ -167,12 +163,12 @@ async def test_a_plain_lease_that_waits_on_a_loop_is_warned_about(
             until(lambda: pool.stats().waiting == 1)
         other.wait()
         other.finish()
-        assert logged(caplog) == []
+        assert told(caplog) == []
         for _ in range(2):
             other = Holder(pool)
             other.wait()
             with pool.lease(heartbeat=other.let_go.set):
                 pass
             other.finish()
-    (record,) = logged(caplog)
+    (record,) = told(caplog)
     assert "alease" in record.getMessage()
