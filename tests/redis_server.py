@@ -79,7 +79,7 @@ class Server:
         self._process = subprocess.Popen(
             [_binary(), *self._arguments, "--port", str(self.port)], stdout=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             assert self._process.poll() is None, "the server ended at once"
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as sock:
