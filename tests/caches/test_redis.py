@@ -43,7 +43,7 @@ from langgraph_perf.caches.base import OWNED, Entry, Lookup, tag_id
 from langgraph_perf.testing import KEY, entry
 from tests.redis_server import Proxy, Server, free_port, new_prefix
 from tests.servers import ask_again
-from tests.test_single_flight import until
+from tests.test_single_flight import auntil, until
 
 DOCS = tag_id("docs")
 
@@ -873,20 +873,20 @@ def test_an_acquisition_whose_answer_got_lost(cache: RedisCache) -> None:
 def test_a_lease_granted_to_nobody(redis_server: Server, prefix: str, proxy: Proxy) -> None:
     """Who is cancelled while asking for a lease, as when a loop ends, keeps nobody waiting."""
     with (
-        RedisCache(proxy.url, prefix=prefix, lease_seconds=60, timeout=5.0) as cache,
+        RedisCache(proxy.url, prefix=prefix, lease_seconds=60) as cache,
         RedisCache(redis_server.url, prefix=prefix) as other,
     ):
 
         async def main() -> None:
             await cache.aping()
-            proxy.delay = 1.0
+            proxy.delay = 3.0
             before = cache.round_trips
             asking = asyncio.create_task(cache.aacquire(KEY))
             while cache.round_trips == before:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0)
             with redis_server.client() as client:
                 # it has been asked for, which the network alone does not promise
-                until(lambda: client.keys(f"{prefix}:1:l:*") != [])
+                await auntil(lambda: client.keys(f"{prefix}:1:l:*") != [])
             assert not asking.done()
             proxy.delay = 0.0  # for what is asked from now on
 
