@@ -389,7 +389,7 @@ async def test_goes_on_after_all_connections_were_dropped_async(make: Any, dsn: 
         size = resource.stats().size
         assert size > 1
         # the server may still have one that is closed
-        until(lambda: connections(dsn) == size)
+        await auntil(lambda: connections(dsn) == size)
         assert await asyncio.to_thread(drop_connections, dsn) == size
         logs = await asyncio.gather(*(ainvoke(compiled, n) for n in range(THREADS)))
         assert logs == [[f"i{n}", "a", "b", "c"] * 2 for n in range(THREADS)]
