@@ -43,6 +43,7 @@ from langgraph_perf._identity import (
     call_key,
     call_marks,
     call_owner,
+    call_part,
     call_tags,
 )
 from langgraph_perf._owner import RUN_SECONDS
@@ -178,7 +179,10 @@ class Attempt:
         tags: tuple[str, ...] = call_tags(policy, self.input, runtime, conf)
         seal = Seal.of(binding.serde, backend.cache)
         try:
-            digest = call_key(spec, self.input, tags, runtime, binding, seal is not None, conf)
+            part = call_part(policy, self.input)
+            digest = call_key(
+                spec, self.input, part, tags, runtime, binding, seal is not None, conf
+            )
         except ConfigurationError as exc:  # which object of a keyed resource it wants
             raise ConfigurationError(f"node {spec.name!r}: {exc}") from exc
         owner = call_owner(f"node {spec.name!r}", scope, conf, binding)
@@ -195,6 +199,7 @@ class Attempt:
                 f"{type(backend.cache).__name__} can invalidate",
             )
         state, allowed = self.input, spec.allowed
+        keyed = replay.ALL if policy.key is None else part[1]
         freshness: Freshness | None = None
         max_age = shortest(policy.ttl, control.ttl)  # type: ignore[arg-type]
         if policy.stale_while_revalidate or policy.stale_if_error:
@@ -218,10 +223,10 @@ class Attempt:
 
         def load(payload: bytes) -> Any:
             opened = payload if seal is None else seal.opened(digest, payload)
-            return replay.unpack_result(opened, state, allowed)
+            return replay.unpack_result(opened, state, allowed, keyed)
 
         def dump(result: Any) -> bytes:
-            payload = replay.pack_result(result, state)
+            payload = replay.pack_result(result, state, keyed)
             return payload if seal is None else seal.closed(digest, payload)
 
         call = Call(

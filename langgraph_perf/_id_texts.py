@@ -16,7 +16,7 @@ from langgraph_perf._id_places import LEAVES, NOTES, is_call, is_message, own_of
 from langgraph_perf.codec import EncodeError
 
 _MUTE = LEAVES - {str}
-_may_be_id = re.compile(r"\S{8,128}").fullmatch
+may_be_id = re.compile(r"\S{8,128}").fullmatch
 """What a generated id looks like: shorter text equals one by chance."""
 _UNREAD = frozenset(
     ["content", "id", "response_metadata", "tool_call_id", "type", "usage_metadata"]
@@ -67,7 +67,7 @@ def find_texts(
     step = "[%r]"
     in_list = False
     if kind is str:
-        if _may_be_id(value):
+        if may_be_id(value):
             found.setdefault(value, path)
         return
     if issubclass(kind, dict):
@@ -98,7 +98,7 @@ def find_texts(
     for key, item in items:
         kind = type(item)
         if kind is str:
-            if _may_be_id(item):
+            if may_be_id(item):
                 found.setdefault(item, (path, step, key))
         elif kind not in _MUTE:
             find_texts(item, (path, step, key), found, slots, in_list)
@@ -133,3 +133,24 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
         names = [f.name for f in dataclasses.fields(kind) if f.name not in own]
         return [*own.items(), *((name, getattr(value, name, None)) for name in names)]
     return []
+
+
+def texts_among(wanted: set[str], value: Any) -> set[str]:
+    """Which of these texts an input has somewhere, other than in its messages."""
+    found: set[str] = set()
+    left, seen = [value], set()
+    while left and wanted:
+        value = left.pop()
+        kind = type(value)
+        if kind is str:
+            if value in wanted:
+                found.add(value)
+        elif kind not in _MUTE and not issubclass(kind, BaseMessage) and id(value) not in seen:
+            seen.add(id(value))  # a state may refer to itself
+            if issubclass(kind, dict):
+                left += [*value, *value.values()]
+            elif issubclass(kind, (list, tuple, deque, set, frozenset)):
+                left += value
+            else:
+                left += [item for _, item in _attributes(value)]
+    return found

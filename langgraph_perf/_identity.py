@@ -108,31 +108,36 @@ class NodeSpec:
         logger.warning("node %r: %s", self.name, message)
 
 
+def call_part(policy: CachePolicy, state: Any) -> tuple[str, Any]:
+    """What of a node's input is in the key, and under which name."""
+    if policy.key is None:
+        return "state", state
+    if callable(policy.key):
+        try:
+            return "key", policy.key(state)
+        except Exception as exc:
+            raise Uncached("key_raised", f"key= raised {type(exc).__name__}: {exc}") from None
+    chosen = {name: _field(state, name) for name in policy.key}
+    return "state", {name: value for name, value in chosen.items() if value is not _MISSING}
+
+
 def call_key(
     spec: NodeSpec,
     state: Any,
+    part: tuple[str, Any],
     tags: tuple[str, ...],
     runtime: Any,
     binding: Binding,
     sealed: bool,
     conf: Mapping[str, Any],
 ) -> str:
-    """What the result depends on, as a digest; ``sealed``: whether it is stored under a seal,
-    ``conf``: the whole ``configurable``."""
+    """What the result depends on, as a digest; ``part``: what of the input is in it, ``sealed``:
+    whether it is stored under a seal, ``conf``: the whole ``configurable``."""
     policy = spec.policy
     assert policy is not None
     # plain data, which is quickest to encode
     parts: list[tuple[str, Any]] = [("node", {"path": [*spec.namespace], "code": spec.code})]
-    if policy.key is None:
-        parts.append(("state", state))
-    elif callable(policy.key):
-        try:
-            parts.append(("key", policy.key(state)))
-        except Exception as exc:
-            raise Uncached("key_raised", f"key= raised {type(exc).__name__}: {exc}") from None
-    else:
-        chosen = {name: _field(state, name) for name in policy.key}
-        parts.append(("state", {k: v for k, v in chosen.items() if v is not _MISSING}))
+    parts.append(part)
     if policy.vary is None:
         parts.append(("context", getattr(runtime, "context", None)))
         parts.append(("configurable", binding.configurable))

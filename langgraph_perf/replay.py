@@ -6,6 +6,12 @@ tells which ids the node created and which ones name something in its input. On 
 are replaced by fresh ones and the others by the ids that the same messages have in the input at
 hand. Tool-call ids are treated likewise. Whatever refers to one id refers to one id afterwards.
 
+A place in the input tells which message is meant only if the inputs are alike. So messages are
+looked for in the part of the input that the cache key covers. A result that refers to one which the
+key leaves out is replayed only where all messages of the input say the same.
+
+An id that the key covers as text, a field say, stays: the node was told to use it.
+
 Only the places that hold ids are rewritten: a message's ``id``, and for tool calls those listed in
 ``_id_places.slots_of``. Of messages in dict form only the ``id`` is. An id of the input elsewhere
 in a result is text that cannot be told from a reference, so such a result is not stored.
@@ -30,7 +36,13 @@ from langgraph_perf._id_places import (
     role_of,
     slots_of,
 )
-from langgraph_perf._id_texts import TextPath, find_texts, refuse_texts
+from langgraph_perf._id_texts import (
+    TextPath,
+    find_texts,
+    may_be_id,
+    refuse_texts,
+    texts_among,
+)
 from langgraph_perf.codec import Allowlist, DecodeError, EncodeError, decode, encode
 
 __all__ = ["pack_result", "spent_tokens", "unpack_result"]
@@ -42,7 +54,11 @@ _CONTENT, _ID = b"\xa7content", b"\xa2id"
 _PREFIX = re.compile(r"(?:[a-z]{2,12}[_-])*")
 
 
-def pack_result(result: Any, state: Any) -> bytes:
+ALL: Any = object()
+"""The key covers the whole input."""
+
+
+def pack_result(result: Any, state: Any, keyed: Any = ALL) -> bytes:
     """The bytes from which ``unpack_result`` replays ``result``.
 
     Ids stay consistent within what is packed, so what belongs to a result (recorded stream chunks)
@@ -51,6 +67,7 @@ def pack_result(result: Any, state: Any) -> bytes:
     Args:
         result: what the node returned; it is not changed.
         state: what the node was given.
+        keyed: what of it the cache key covers.
 
     Raises:
         EncodeError: the result cannot be stored, or replayed under other ids.
@@ -58,7 +75,7 @@ def pack_result(result: Any, state: Any) -> bytes:
     messages: list[BaseMessage] = []
     payload = encode(result, messages=messages)
     try:
-        plan = _plan_for(result, payload, len(messages), state)
+        plan = _plan_for(result, payload, len(messages), state, keyed)
     except EncodeError:
         raise
     except Exception as exc:
@@ -69,17 +86,20 @@ def pack_result(result: Any, state: Any) -> bytes:
     return b"".join([_PLANNED, len(header).to_bytes(4, "little"), header, payload])
 
 
-def unpack_result(payload: bytes, state: Any, allowed: Allowlist | None = None) -> Any:
+def unpack_result(
+    payload: bytes, state: Any, allowed: Allowlist | None = None, keyed: Any = ALL
+) -> Any:
     """A fresh copy of the packed result, under ids that fit ``state``.
 
     Args:
         payload: from ``pack_result``.
         state: what the node would be given now.
         allowed: classes to restore besides the built-in ones.
+        keyed: what of ``state`` the cache key covers.
 
     Raises:
-        DecodeError: the payload is damaged, or refers to an input message that ``state`` does not
-            have in the same place and with the same content.
+        DecodeError: the payload is damaged, or refers to an input message of which ``state`` does
+            not show which one it is now.
     """
     if payload[:1] != _PLANNED:
         return decode(payload, allowed)
@@ -88,7 +108,7 @@ def unpack_result(payload: bytes, state: Any, allowed: Allowlist | None = None) 
     plan = decode(view[5:start])
     result = decode(view[start:], allowed)
     try:
-        _rebind(result, plan, state)
+        _rebind(result, plan, state, keyed)
     except DecodeError:
         raise
     except Exception as exc:
@@ -117,8 +137,12 @@ def spent_tokens(result: Any) -> int:
 
 # -- plans ----------------------------------------------------------------------------------------
 
+_Places = list[list[int]]
 
-def _plan_for(result: Any, payload: bytes, messages: int, state: Any) -> dict[str, Any] | None:
+
+def _plan_for(
+    result: Any, payload: bytes, messages: int, state: Any, keyed: Any
+) -> dict[str, Any] | None:
     """The plan to store with a result; ``None`` if none of its ids changes on replay."""
     carriers = []
     if messages or TOOL_CALL in payload or (_CONTENT in payload and _ID in payload):
@@ -129,48 +153,93 @@ def _plan_for(result: Any, payload: bytes, messages: int, state: Any) -> dict[st
     find_texts(result, ("result",), texts)
     if not carriers and not texts:
         return None
-    inputs = carriers_in(state, tree=False)
+    everything = carriers_in(state, tree=False)
     if texts:
-        refuse_texts(texts, inputs)
-    return _make_plan(carriers, inputs)
+        refuse_texts(texts, everything)
+    if keyed is ALL:
+        plan = _make_plan(carriers, everything, [])
+    else:
+        plan = _make_plan(carriers, carriers_in(keyed, tree=False), everything)
+    if plan is not None:
+        plan["given"] = _given(plan, carriers, state, keyed)
+    return plan
 
 
-def _make_plan(carriers: list[Any], inputs: list[Any]) -> dict[str, Any] | None:
+def _given(plan: dict[str, Any], carriers: list[Any], state: Any, keyed: Any) -> list[str]:
+    """Ids that the node was told as text, as a field or as an argument of what it was sent. They
+    are in the key, and stay."""
+    new = _ids_of(carriers) - plan["ids"].keys() - plan["calls"].keys()
+    if not new:
+        return []
+    given = texts_among(new, state if keyed is ALL else keyed)
+    if keyed is not ALL:
+        for text in texts_among({each for each in new - given if may_be_id(each)}, state):
+            raise EncodeError(
+                f"{text!r} is the id of a message or tool call of the result, and is in the input "
+                "where the key does not cover it; key= has to"
+            )
+    return sorted(given)
+
+
+def _ids_of(carriers: list[Any]) -> set[str]:
+    found = {holder[key] for carrier in carriers for holder, key in slots_of(carrier)}
+    found |= {own_of(carrier)["id"] for carrier in carriers if is_message(carrier)}
+    return {each for each in found if _is_id(each)} - {REMOVE_ALL_MESSAGES}
+
+
+def _make_plan(
+    carriers: list[Any], keyed: list[Any], everything: list[Any]
+) -> dict[str, Any] | None:
     """Which of the result's ids name something in the input; ``None`` if it has no ids at all.
 
-    A plan is plain data::
+    A plan is plain data, in which the input's carriers are those that the key covers, and, if some
+    that are referred to are not among them, then all that there are::
 
-        carriers  how many carriers the result has
-        ids       {message id: index of the input's carrier that has it}
-        calls     {tool-call id: [index of the first input carrier with it, slot there]}
-        same      [[index in result, index in input]] of input messages without id, returned as such
-        inputs    [[index in input, digest]] of all carriers referred to
+        carriers    how many carriers the result has
+        everything  the digest of all that there are; ``None`` if the key covers what is needed
+        ids         {message id: [[index of an input carrier that has it], ...]}
+        calls       {tool-call id: [[index of an input carrier with it, slot there], ...]}
+        same        [[index in result, [[index in input], ...]], ...] of input messages without id,
+                    returned as such
+        given       ids that stay, because the input has them as text
+        inputs      [[index in input, digest], ...] of all carriers referred to
     """
-    places = [(i, slot) for i, carrier in enumerate(carriers) for slot in slots_of(carrier)]
-    call_ids = {holder[key] for _, (holder, key) in places if _is_id(holder[key])}
-    found = [(i, carrier) for i, carrier in enumerate(carriers) if is_message(carrier)]
+    inputs = [*keyed, *everything]
+    slots = [slot for carrier in carriers for slot in slots_of(carrier)]
+    call_ids = {holder[key] for holder, key in slots if _is_id(holder[key])}
+    messages = [(i, carrier) for i, carrier in enumerate(carriers) if is_message(carrier)]
     # that one id is no id but the instruction to remove all messages
-    message_ids = {own_of(carrier)["id"] for _, carrier in found} - {None, REMOVE_ALL_MESSAGES}
-    nameless = [(i, carrier) for i, carrier in found if own_of(carrier)["id"] is None]
+    message_ids = {own_of(carrier)["id"] for _, carrier in messages} - {None, REMOVE_ALL_MESSAGES}
+    nameless = [(i, carrier) for i, carrier in messages if own_of(carrier)["id"] is None]
 
-    ids: dict[str, int] = {}
-    calls: dict[str, list[int]] = {}
+    ids: dict[str, _Places] = {}
+    calls: dict[str, _Places] = {}
+    at: dict[int, _Places] = {}
     for i, carrier in enumerate(inputs):
         if message_ids and is_message(carrier):
             name = own_of(carrier)["id"]
             if name in message_ids:
-                ids.setdefault(name, i)
+                ids.setdefault(name, []).append([i])
         if call_ids:
             for k, (holder, key) in enumerate(slots_of(carrier)):
                 if _is_id(holder[key]) and holder[key] in call_ids:
-                    calls.setdefault(holder[key], [i, k])
-    at = {id(carrier): i for i, carrier in enumerate(inputs)} if nameless else {}
-    same = [[i, at[id(carrier)]] for i, carrier in nameless if id(carrier) in at]
+                    places = calls.setdefault(holder[key], [])
+                    if not places or places[-1][0] != i:
+                        places.append([i, k])
+        if nameless:
+            at.setdefault(id(carrier), []).append([i])
+    same = [(i, at[id(carrier)]) for i, carrier in nameless if id(carrier) in at]
     if not call_ids and not message_ids and not same:
         return None
-    used = {*ids.values(), *(i for i, _ in calls.values()), *(i for _, i in same)}
+    named = [*ids.values(), *calls.values(), *(places for _, places in same)]
+    covered = all(places[0][0] < len(keyed) for places in named)
+    if covered:
+        for places in named:
+            places[:] = [place for place in places if place[0] < len(keyed)]
+    used = {place[0] for places in named for place in places}
     return {
         "carriers": len(carriers),
+        "everything": None if covered else _digest_of_all(everything),
         "ids": ids,
         "calls": calls,
         "same": same,
@@ -178,12 +247,12 @@ def _make_plan(carriers: list[Any], inputs: list[Any]) -> dict[str, Any] | None:
     }
 
 
-def _rebind(result: Any, plan: dict[str, Any], state: Any) -> None:
+def _rebind(result: Any, plan: dict[str, Any], state: Any, keyed: Any) -> None:
     """Give the messages and tool calls of a freshly decoded result their new ids, in place."""
     carriers = carriers_in(result, tree=True)
     if len(carriers) != plan["carriers"]:
         raise DecodeError("damaged replay plan: it is of another result")
-    inputs = carriers_in(state, tree=False) if plan["inputs"] else []
+    inputs = _inputs(plan, state, keyed) if plan["inputs"] else []
     for i, digest in plan["inputs"]:
         try:
             fits = _digest(inputs[i]) == digest
@@ -191,12 +260,18 @@ def _rebind(result: Any, plan: dict[str, Any], state: Any) -> None:
             raise DecodeError(f"the result refers to an input message: {exc!r:.200}") from exc
         if not fits:
             raise DecodeError("the result refers to an input message that is another one now")
-    ids = {old: _id(own_of(inputs[i])["id"]) for old, i in plan["ids"].items()}
+    ids = {
+        old: _id([own_of(inputs[i])["id"] for (i,) in places])
+        for old, places in plan["ids"].items()
+    }
     calls = {}
-    for old, (i, k) in plan["calls"].items():
-        holder, key = slots_of(inputs[i])[k]
-        calls[old] = _id(holder[key])
-    same = dict(plan["same"])
+    for old, places in plan["calls"].items():
+        slots = [slots_of(inputs[i])[k] for i, k in places]
+        calls[old] = _id([holder[key] for holder, key in slots])
+    same = {i: _one([inputs[at].id for (at,) in places]) for i, places in plan["same"]}
+    for each in plan["given"]:
+        ids.setdefault(each, each)
+        calls.setdefault(each, each)
     created = {own_of(c)["id"] for c in carriers if is_message(c) and not _removes(c)}
 
     for i, carrier in enumerate(carriers):
@@ -206,7 +281,7 @@ def _rebind(result: Any, plan: dict[str, Any], state: Any) -> None:
             old = own["id"]
             if old is None:
                 if i in same:
-                    own["id"] = inputs[same[i]].id
+                    own["id"] = same[i]
             elif old in ids or old in created:
                 own["id"] = ids.setdefault(old, str(uuid.uuid4()))
             # else it removes a message that neither input nor result shows
@@ -226,10 +301,32 @@ def _is_id(value: Any) -> bool:
     return type(value) is str and value != ""
 
 
-def _id(value: Any) -> str:
+def _inputs(plan: dict[str, Any], state: Any, keyed: Any) -> list[Any]:
+    """The carriers of the input at hand that the places in a plan are about."""
+    inputs = carriers_in(state if keyed is ALL else keyed, tree=False)
+    if plan["everything"] is not None:
+        everything = carriers_in(state, tree=False)
+        if _digest_of_all(everything) != plan["everything"]:
+            raise DecodeError(
+                "the result refers to a message that the key does not cover, and the input's "
+                "messages are others now"
+            )
+        inputs += everything
+    return inputs
+
+
+def _id(values: list[Any]) -> str:
+    value = _one(values)
     if type(value) is not str:
         raise DecodeError("the result refers to an input message that has no id now")
     return value
+
+
+def _one(values: list[Any]) -> Any:
+    """What used to be one and the same id in several places."""
+    if any(value != values[0] for value in values):
+        raise DecodeError("the result refers to an input message that is more than one now")
+    return values[0]
 
 
 def _fresh_call(old: str) -> str:
@@ -266,3 +363,8 @@ def _digest(carrier: Any) -> bytes:
         return message_digest(carrier)
     fields = sorted((key, value) for key, value in carrier.items() if key != "id")
     return blake2b(encode(fields), digest_size=20).digest()
+
+
+def _digest_of_all(carriers: list[Any]) -> bytes:
+    """The digest of what carriers say, one after the other."""
+    return blake2b(b"".join(map(_digest, carriers)), digest_size=20).digest()

@@ -880,6 +880,41 @@ def test_tool_nodes_answer_under_the_ids_of_the_current_call() -> None:
     assert executed == [2]
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        lambda state: state["messages"][-1],
+        lambda state: state["messages"][-1].tool_calls,
+        lambda state: [call["args"] for call in state["messages"][-1].tool_calls],
+    ],
+    ids=["message", "calls", "args"],
+)
+def test_tool_nodes_keyed_by_the_call_answer_the_one_at_hand(key: Any) -> None:
+    """In a conversation with an equal call before it, that one has been answered."""
+
+    @tool
+    def double(x: int) -> int:
+        """Double a number."""
+        return 2 * x
+
+    class Chat(TypedDict):
+        messages: Annotated[list[Any], add_messages]
+
+    builder = StateGraph(Chat)
+    builder.add_node("tools", ToolNode([double]), cache_policy=CachePolicy(key=key))
+    saver = InMemorySaver()
+    graph = builder.add_edge(START, "tools").compile(cache=MemoryCache(), checkpointer=saver)
+    asks: list[Any] = []
+    for name in ("call_1", "call_2", "call_3"):
+        call = AIMessage("", tool_calls=[{"name": "double", "args": {"x": 2}, "id": name}])
+        asks = [HumanMessage("2?"), call]
+        said = graph.invoke({"messages": asks}, {"configurable": {"thread_id": "t"}})["messages"]
+        assert (said[-1].content, said[-1].tool_call_id) == ("4", name)
+    # arguments alone do not tell which of the equal calls is answered
+    covered = key({"messages": asks}) != [{"x": 2}]
+    assert graph.perf.stats().nodes["tools"].hits == (2 if covered else 0)
+
+
 @pytest.mark.parametrize("form", ["a list", "with its context"])
 def test_tool_nodes_that_are_sent_calls_answer_each(form: str) -> None:
     """As prebuilt agents send them: a rerun of the loop hits, an equal call runs once, and each

@@ -494,6 +494,149 @@ def test_one_message_twice_in_the_state_is_like_two_equal_ones():
     assert back[0].id == "x-two"
 
 
+# -- keys that cover a part of the input ----------------------------------------------------------
+
+
+def part_replayed(
+    node: Callable[[Any], Any], key: Callable[[Any], Any], one: Any, other: Any
+) -> Any:
+    """What ``node`` returned for ``one`` is replayed for ``other``; the key is the same."""
+    return unpack_result(pack_result(node(one), one, key(one)), other, keyed=key(other))
+
+
+def asked(tag: str) -> list[BaseMessage]:
+    return [
+        HumanMessage("weather?", id=f"h-{tag}"),
+        AIMessage("", id=f"a-{tag}", tool_calls=[call(f"call_{tag}")]),
+    ]
+
+
+def answers(state: list[BaseMessage]) -> Any:
+    """As ``ToolNode`` does."""
+    message: Any = state[-1]
+    return [ToolMessage("sunny", tool_call_id=call["id"]) for call in message.tool_calls]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        lambda s: s[-1],
+        lambda s: s[-1:],
+        lambda s: s[-1].tool_calls,
+        lambda s: {"field": s[-2:]},
+    ],
+)
+def test_what_a_key_covers_is_where_messages_are_looked_for(key: Any) -> None:
+    """The same call earlier in the conversation, which comes first, is not the one meant."""
+    earlier = [*asked("A"), *answers(asked("A")), AIMessage("sunny", id="s")]
+    for before in ([], earlier, [*earlier, *earlier]):
+        (back,) = part_replayed(answers, key, asked("A"), [*before, *asked("B")])
+        assert back.tool_call_id == "call_B"
+        (back,) = part_replayed(answers, key, [*before, *asked("A")], asked("B"))
+        assert back.tool_call_id == "call_B"
+
+
+def test_the_last_message_is_removed_not_one_that_says_the_same() -> None:
+    """With a key of its own or with the whole state in it."""
+    one: list[BaseMessage] = [HumanMessage("bye", id="1")]
+    other = [
+        HumanMessage("bye", id="10"),
+        HumanMessage("hi", id="11"),
+        HumanMessage("bye", id="12"),
+    ]
+
+    def drop(state: list[BaseMessage]) -> Any:
+        return [RemoveMessage(id=str(state[-1].id))]
+
+    assert part_replayed(drop, lambda s: s[-1], one, other)[0].id == "12"
+
+    def field(talk: list[BaseMessage], last: int) -> Any:
+        return {"messages": talk, "last": talk[last]}
+
+    # the inputs say the same, but what was one message is two now
+    payload = pack_result([RemoveMessage(id=str(other[0].id))], field(other, 0), field(other, 0))
+    assert unpack_result(payload, field(other, 0))[0].id == "10"
+    with pytest.raises(DecodeError, match="more than one now"):
+        unpack_result(payload, field(other, 2))
+
+
+@pytest.mark.parametrize(
+    ("key", "node"),
+    [
+        (lambda s: [(c["name"], c["args"]) for c in s[-1].tool_calls], answers),
+        (lambda s: s[0].content, lambda s: [RemoveMessage(id=s[-1].id)]),
+        (lambda s: s[-1], lambda s: [*answers(s), RemoveMessage(id=s[0].id)]),
+        (lambda s: s[0].content, lambda s: [s[1]]),
+    ],
+)
+def test_what_a_key_does_not_cover_has_to_be_alike(key: Any, node: Any) -> None:
+    """Then the place tells which message is meant; else it could be any."""
+    (*_, back) = part_replayed(node, key, asked("A"), asked("B"))
+    (*_, want) = node(asked("B"))
+    assert (back.id, getattr(back, "tool_call_id", "")) == (
+        want.id,
+        getattr(want, "tool_call_id", ""),
+    )
+    more = [*asked("B"), ToolMessage("sunny", tool_call_id="call_B", id="t"), *asked("C")]
+    for other in (more, asked("B")[1:], [*asked("B"), *asked("B")]):
+        with pytest.raises(DecodeError, match="does not cover"):
+            unpack_result(
+                pack_result(node(asked("A")), asked("A"), key(asked("A"))), other, keyed=0
+            )
+
+
+def test_where_a_message_without_id_comes_back_depends_on_the_key() -> None:
+    """It takes the id that the same message has in the part the key covers."""
+    one: list[BaseMessage] = [HumanMessage("hi"), HumanMessage("hi")]
+    other: list[BaseMessage] = [HumanMessage("hi", id="1"), HumanMessage("hi", id="2")]
+    (back,) = part_replayed(lambda s: [s[1]], lambda s: s[1:], one, other)
+    assert back.id == "2"
+
+
+# -- ids that the input gives as text --------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Told:
+    call_id: str
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda i: {"call_id": i, "args": {"q": 1}},
+        lambda i: {"id": i, "args": {}},
+        lambda i: ("search", {}, i),
+        lambda i: {"a": [{"b": {i}}]},
+        lambda i: Told(i),
+        lambda i: Send("tool", {"tool_call_id": i}),
+        lambda i: {i: 1},
+    ],
+)
+def test_an_id_that_the_node_was_told_stays(given: Any) -> None:
+    """It is in the key, so that whoever hits has told the same."""
+    for name in ("call_abcdefghij", "c1"):
+        result = [ToolMessage("r", tool_call_id=name), HumanMessage("edited", id=name)]
+        for state, keyed in ((given(name), given(name)), ({"x": given(name), "y": 1}, given(name))):
+            payload = pack_result(result, state, keyed)
+            answer, edit = unpack_result(payload, state, keyed=keyed)
+            assert (answer.tool_call_id, edit.id) == (name, name)
+            assert answer.id is None
+
+
+def test_an_id_that_the_key_does_not_cover_is_not_stored() -> None:
+    """Another input with the same key may tell another one."""
+    state = {"call_id": "call_abcdefghij", "args": {"q": 1}}
+    result = {"messages": [ToolMessage("r", tool_call_id="call_abcdefghij")]}
+    with pytest.raises(EncodeError, match="key= has to"):
+        pack_result(result, state, {"q": 1})
+    # a short one may equal a text by chance
+    pack_result({"messages": [AIMessage("r", id="1")]}, {"page": "1", "q": 1}, {"q": 1})
+    endless: dict[str, Any] = {"q": 1}
+    endless["self"] = endless
+    pack_result({"messages": [AIMessage("r", id="run-12345678")]}, endless, {"q": 1})
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 
