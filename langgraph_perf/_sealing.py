@@ -27,11 +27,13 @@ class Seal:
     @staticmethod
     def of(serde: Any, cache: Cache) -> Seal | None:
         """The seal for what ``cache`` keeps; ``None`` where ``serde`` would change nothing, or
-        the cache was given one of its own."""
+        the cache was given one of its own for wherever that is."""
         if serde is None or type(serde) is JsonPlusSerializer:
             return None  # which leaves bytes as they are
         tiers: tuple[Cache, ...] = getattr(cache, "tiers", (cache,))
-        if any(tier.value_serde is not None for tier in tiers):
+        # memory in front of them is not at rest, and with a serde of its own it hides nothing there
+        outside = [tier for tier in tiers if tier.blocking] or tiers
+        if all(tier.value_serde is not None for tier in outside):
             return None
         return Seal(serde)
 

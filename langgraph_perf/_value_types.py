@@ -39,6 +39,13 @@ _get_extra = BaseModel.__dict__["__pydantic_extra__"].__get__
 _get_private = BaseModel.__dict__["__pydantic_private__"].__get__
 
 
+def _slot(get: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return get(value) or {}
+    except AttributeError:  # a RootModel's is empty
+        return {}
+
+
 def value_plan(kind: type) -> Plan | None:
     """The plan of one of this module's types, or ``None``."""
     as_text = _TEXT.get(kind)
@@ -103,8 +110,8 @@ def _pydantic_plan(kind: type) -> Plan:
     def body(encoder: Encoder, value: Any) -> bytes:
         return b"%b%b%b" % (
             encoder.attributes(state_of(value)),
-            encoder.attributes(_get_extra(value) or {}),
-            encoder.attributes(_get_private(value) or {}),
+            encoder.attributes(_slot(_get_extra, value)),
+            encoder.attributes(_slot(_get_private, value)),
         )
 
     generic = getattr(kind, "__pydantic_generic_metadata__", None) or {}

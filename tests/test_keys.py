@@ -31,7 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.documents import Document
 from langgraph.types import Command, Interrupt, Overwrite, Send
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import BaseModel, ConfigDict, PrivateAttr, RootModel
 
 from langgraph_perf.keys import Unkeyable, digest
 
@@ -104,6 +104,10 @@ class Open(BaseModel):
     model_config = ConfigDict(extra="allow")
     x: Any = 1
     _hidden: Any = PrivateAttr(default=0)
+
+
+class Root(RootModel[list[Any]]):
+    pass
 
 
 class Text(str):
@@ -232,6 +236,9 @@ DIFFERENT: list[Any] = [
     Slotted(),
     Model(),
     Model(x=2),
+    Root([1]),
+    Root([2]),
+    Root([[1]]),
     Other(),
     Open(),
     Open(y=1),

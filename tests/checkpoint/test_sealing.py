@@ -133,6 +133,10 @@ def test_a_cache_with_a_serde_of_its_own_keeps_it(tmp_path: Path) -> None:
     with DiskCache(tmp_path / "a", serde=serde) as cache:
         assert Seal.of(serde, cache) is None
         assert Seal.of(serde, TieredCache(MemoryCache(), cache)) is None
+        with DiskCache(tmp_path / "b") as other:
+            for tiers in ([MemoryCache(serde=serde), other], [cache, other], [other, cache]):
+                assert Seal.of(serde, TieredCache(*tiers)) is not None
+    assert Seal.of(serde, MemoryCache(serde=serde)) is None
     assert Seal.of(JsonPlusSerializer(), MemoryCache()) is None
     assert Seal.of(None, MemoryCache()) is None
     assert Seal.of(serde, MemoryCache()) is not None
