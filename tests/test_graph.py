@@ -954,16 +954,39 @@ def test_tool_nodes_that_are_sent_calls_answer_each(form: str) -> None:
     assert sorted(executed) == ([1, 2] if form == "a list" else [1, 1, 2])
 
 
-def test_a_choice_by_id_is_answered_with_what_was_chosen() -> None:
+@dataclass
+class Chosen:
+    id: str
+
+
+class ChosenModel(BaseModel):
+    id: str
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("put", "get"),
+    [
+        (lambda i: i, lambda t: t),
+        (lambda i: {"a": [{"b": {"c": i}}]}, lambda t: t["a"][0]["b"]["c"]),
+        (Chosen, lambda t: t.id),
+        (lambda i: [ChosenModel(id=i)], lambda t: t[0].id),
+        (lambda i: {i}, lambda t: next(iter(t))),
+        (lambda i: {"a": {i: 1}}, lambda t: next(iter(t["a"]))),
+    ],
+)
+def test_a_choice_by_id_is_answered_with_what_was_chosen(put: Any, get: Any, nested: bool) -> None:
     """An equal conversation in which the named id is another message's is another input."""
 
     class Chat(TypedDict, total=False):
         messages: Annotated[list[Any], add_messages]
-        chosen: str
+        inner: Any
+        chosen: Any
         answer: str
 
     def pick(state: Any) -> Any:
-        (found,) = [m for m in state["messages"] if m.id == state["chosen"]]
+        messages = state["inner"]["talk"] if nested else state["messages"]
+        (found,) = [m for m in messages if m.id == get(state["chosen"])]
         return {"answer": found.content}
 
     builder = StateGraph(Chat).add_node("node", pick, cache_policy=CachePolicy())
@@ -971,7 +994,8 @@ def test_a_choice_by_id_is_answered_with_what_was_chosen() -> None:
     for ids in (("m1", "m2"), ("m2", "m3"), ("m1", "m2")):
         said = [HumanMessage(text, id=name) for text, name in zip("ab", ids, strict=True)]
         want = "ab"[ids.index("m2")]
-        assert graph.invoke({"messages": said, "chosen": "m2"})["answer"] == want
+        talk: Any = {"inner": {"talk": said}} if nested else {"messages": said}
+        assert graph.invoke({**talk, "chosen": put("m2")})["answer"] == want
     assert runs_of(graph) == 2
 
 
