@@ -16,6 +16,13 @@ from langgraph_perf._code_facts import top_level, value_of
 from langgraph_perf._code_identity import Code, Origin, code_of
 from langgraph_perf._code_walk import Walk, as_first_seen, by_type, described, found_by_name
 
+# attributes that count by themselves, follow from the rest or do nothing when the function runs
+_MARKS = frozenset(
+    """
+    __wrapped__ cache_parameters __abstractmethods__ __isabstractmethod__ __deprecated__ __final__
+    __no_type_check__ __override__ __pytest_wrapped__ pytestmark
+    """.split()  # noqa: SIM905
+)
 _GETTERS = (operator.attrgetter, operator.itemgetter, operator.methodcaller)
 
 
@@ -55,6 +62,7 @@ def _function_body(walk: Walk, function: types.FunctionType) -> bytes:
         wrapped = function.__dict__.get("__wrapped__")
         if type(wrapped) is types.FunctionType:
             out.append(walk.captured("__wrapped__", wrapped))
+        out += _attributes(walk, function)
         home = function.__globals__.get("__name__")
         if not walk.library(home):
             top = top_level(home)
@@ -67,6 +75,20 @@ def _function_body(walk: Walk, function: types.FunctionType) -> bytes:
         exc.complete = True
         raise
     return b"".join(out)
+
+
+def _attributes(walk: Walk, function: Any) -> Iterator[bytes]:
+    """What a function, a partial one or one with a cache has been given to keep."""
+    own = function.__dict__
+    # what a library's wrapper keeps may change with each call, and no code here says so
+    abroad = type(function) is types.FunctionType and walk.library(
+        function.__globals__.get("__name__")
+    )
+    for name in sorted(own.keys() - _MARKS):
+        if abroad or name in walk.facts.attributes:
+            yield b"." + text(name) + as_first_seen(function, name, own[name])
+        else:
+            yield b"." + text(name) + walk.or_type(own[name])
 
 
 def _passed(function: types.FunctionType, known: Code) -> Iterator[Any]:
@@ -227,6 +249,7 @@ def _partial(walk: Walk, partial: functools.partial[Any]) -> bytes:
         out.append(walk.captured(f".args[{index}]", value))
     for name, value in sorted(partial.keywords.items()):
         out.append(text(name) + walk.captured(f'["{name}"]', value))
+    out += _attributes(walk, partial)
     return b"P%d:%d:%b" % (len(partial.args), len(partial.keywords), b"".join(out))
 
 
@@ -243,8 +266,9 @@ def _descriptor(walk: Walk, method: types.MethodDescriptorType) -> bytes:
 
 
 def _cached(walk: Walk, function: Any) -> bytes:
-    parameters = function.cache_parameters()
-    return b"L" + walk.encode(parameters) + walk.captured(".__wrapped__", function.__wrapped__)
+    out = [walk.encode(function.cache_parameters())]
+    out.append(walk.captured(".__wrapped__", function.__wrapped__))
+    return b"L" + b"".join([*out, *_attributes(walk, function)])
 
 
 def _getter(walk: Walk, getter: Any) -> bytes:

@@ -38,6 +38,7 @@ from langgraph.func import entrypoint
 from langgraph.graph import START, StateGraph
 from langgraph.prebuilt import ToolNode
 from pydantic import BaseModel, Field, PrivateAttr, field_validator
+from typing_extensions import override
 
 from langgraph_perf import CachePolicy, MemoryCache
 from langgraph_perf import StateGraph as CachingStateGraph
@@ -401,6 +402,42 @@ def test_what_the_code_changes_counts_as_it_was_configured() -> None:
             assert fingerprint(one) == before
     for one, same in zip(_configured("a"), _configured("a"), strict=True):
         assert fingerprint(one) == fingerprint(same)
+
+
+def counted(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(state: Any) -> Any:
+        wrapper.calls += 1
+        wrapper.log.append(state)
+        return note_call(function)
+
+    wrapper.calls, wrapper.log, function.times = 0, [], 0
+    return wrapper
+
+
+def note_call(function: Any) -> Any:
+    function.times += 1
+    return function.times
+
+
+def test_what_the_code_writes_to_functions_does_not_count() -> None:
+    """Counters and logs that a decorator or a helper keeps on a function are as it was made."""
+    once, twice = counted(lambda state: 1), functools.lru_cache(counted(lambda state: 1))
+    before = fingerprint(once), fingerprint(twice)
+    once("a"), twice("a")
+    assert (once.calls, once.log, once.__wrapped__.times) == (1, ["a"], 1)
+    assert (fingerprint(once), fingerprint(twice)) == before
+
+
+def test_marks_on_functions_do_not_count() -> None:
+    """What tests and type checkers are told of a function does nothing when it runs."""
+    before = fingerprint(plain_one)
+    try:
+        pytest.mark.usefixtures()(override(plain_one))
+        assert plain_one.__dict__
+        assert fingerprint(plain_one) == before
+    finally:
+        plain_one.__dict__.clear()
 
 
 SEEN: list[Any] = []
@@ -1367,6 +1404,58 @@ EDITED |= {
         WEIGHTS = array("i", map(ord, "old"))
         def node(state):
             return WEIGHTS[0]
+    """,
+}
+
+EDITED |= {
+    "an attribute of the node": """
+        def node(state):
+            return node.prompt
+        node.prompt = "old"
+    """,
+    "an attribute of a helper in a list": """
+        def helper(): ...
+        helper.meta = {"client": iter(()), "prompt": "old"}
+        HELPERS = [helper]
+        def node(state):
+            return HELPERS[0].meta["prompt"]
+    """,
+    "an attribute that a decorator sets": """
+        def prompt(text):
+            def decorator(function):
+                function.prompt = text
+                return function
+            return decorator
+        @prompt("old")
+        def helper(): ...
+        def node(state):
+            return helper.prompt
+    """,
+    "an attribute of a captured function": """
+        def make(prompt):
+            def helper(): ...
+            helper.prompt = prompt
+            return lambda state: helper.prompt
+        node = make("old")
+    """,
+    "an attribute of a partial function": """
+        from functools import partial
+        node = partial(lambda state: node.prompt)
+        node.prompt = "old"
+    """,
+    "an attribute of a function with a cache": """
+        from functools import lru_cache
+        @lru_cache
+        def helper(): ...
+        helper.prompt = "old"
+        def node(state):
+            return helper.prompt
+    """,
+    "an attribute that the code binds anew on a function": """
+        def node(state):
+            node.model = node.model or "default"
+            return node.model
+        node.model = "old"
     """,
 }
 
