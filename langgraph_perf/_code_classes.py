@@ -7,12 +7,13 @@ import functools
 import types
 import typing
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
 from langgraph_perf._canonical import Plan, instance_state, mro_of, namespace_of, text, type_name
-from langgraph_perf._code_walk import Walk, as_first_seen, by_type, found_by_name
+from langgraph_perf._code_walk import Walk, as_first_seen, by_type, found_by_name, state
 
 # what Python, dataclasses, enums and pydantic add to a class; it follows from the rest
 _ADDED = frozenset(
@@ -25,6 +26,7 @@ _ADDED = frozenset(
     __callable_proto_members_only__ __type_params__ __classcell__
     """.split()  # noqa: SIM905
 )
+_OF_A_MEMBER = frozenset(("_value_", "_name_", "__objclass__", "_sort_order_"))
 _NAMED_TUPLE = frozenset(("__new__", "__repr__", "__getnewargs__", "_make", "_replace", "_asdict"))
 
 
@@ -73,15 +75,17 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
             continue
         if "__dataclass_fields__" in namespace and _generated(member):
             continue
-        if is_enum and not (isinstance(member, types.FunctionType | property) and name[0] != "_"):
+        if is_enum and (name in namespace["_member_map_"] or _of_enums(name, member)):
             continue
         yield name, member
     doc = namespace.get("__doc__")
     if isinstance(doc, str) and (BaseModel in mro_of(kind) or "__total__" in namespace):
         yield "schema", doc  # part of its JSON schema, and so of what a model is told
     if is_enum:
-        for name, member in getattr(kind, "_member_map_", {}).items():
+        for name, member in namespace["_member_map_"].items():
             yield f"= {name}", member._value_
+            if not vars(member).keys() <= _OF_A_MEMBER:
+                yield f"= {name}.", _Attributes(member)
     for name, note in namespace.get("__annotations__", {}).items():
         yield f": {name}", _Note(note)
     for name, field in namespace.get("__dataclass_fields__", {}).items():
@@ -105,6 +109,22 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
                 )
 
 
+def _of_enums(name: str, member: Any) -> bool:
+    """Whether it was ``enum`` that put this into the class."""
+    if isinstance(member, types.FunctionType | staticmethod | classmethod):
+        return getattr(member, "__module__", None) == "enum"
+    return name[0] == name[-1] == "_"
+
+
+class _Attributes:
+    """Marks that of an enum's member the attributes count."""
+
+    __slots__ = ("of",)
+
+    def __init__(self, of: Any) -> None:
+        self.of = of
+
+
 def _generated(member: Any) -> bool:
     """Whether a method was written by ``dataclasses``."""
     if type(member) is not types.FunctionType:
@@ -120,7 +140,7 @@ def _member(walk: Walk, member: Any) -> bytes:
         walk.facts.members.add(member.__code__)
     if isinstance(member, staticmethod | classmethod):
         return text(type(member).__name__) + _member(walk, member.__func__)
-    if isinstance(member, property):
+    if isinstance(member, property | types.DynamicClassAttribute):
         return b"p" + b"".join(map(walk.or_type, (member.fget, member.fset, member.fdel)))
     if isinstance(member, functools.cached_property):
         return b"c" + walk.or_type(member.func)
@@ -131,6 +151,8 @@ def _member(walk: Walk, member: Any) -> bytes:
         return b"u%d:%b" % (len(member), b"".join(_member(walk, part) for part in member))
     if isinstance(member, _Note):
         return annotation(walk, member.note)
+    if isinstance(member, _Attributes):
+        return walk.leniently(partial(state, walk, member.of, _OF_A_MEMBER))
     if isinstance(member, type(_Note.__dict__["note"]) | types.GetSetDescriptorType):
         return by_type(member)  # slots
     return walk.or_type(member)

@@ -220,13 +220,20 @@ class Walk(KeyEncoder):
         if self.lenient:
             return self.encode(value)
         if self.survey:  # it does not mind what has no key, so it would not find out
-            return self._leniently(value, more)
-        return self.attempt(lambda: self.encode(value), lambda: self._leniently(value, more))
+            return self._or_type(value, more)
+        return self.attempt(lambda: self.encode(value), lambda: self._or_type(value, more))
 
-    def _leniently(self, value: Any, more: Callable[[], bytes]) -> bytes:
-        self.lenient = True
-        encoded = self.attempt(lambda: self.encode(value), lambda: by_type(value)) + more()
-        self.lenient = False
+    def _or_type(self, value: Any, more: Callable[[], bytes]) -> bytes:
+        def parts() -> bytes:
+            return self.attempt(lambda: self.encode(value), lambda: by_type(value)) + more()
+
+        return self.leniently(parts)
+
+    def leniently(self, encode: Callable[[], bytes]) -> bytes:
+        """``encode()``, where of what has no key the type counts."""
+        outer, self.lenient = self.lenient, True
+        encoded = encode()
+        self.lenient = outer
         return encoded
 
     # -- whose code is it -------------------------------------------------------------------------

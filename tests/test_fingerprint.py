@@ -834,6 +834,39 @@ def test_classes_count_by_what_is_in_them():
     )
 
 
+def test_calls_do_not_change_an_enum() -> None:
+    """Its members keep what a cached property found and what they count; any kind will do."""
+
+    class Mode(enum.Enum):
+        FAST = 1
+
+        def __init__(self, value: int) -> None:
+            self.calls = 0
+
+        def __call__(self) -> int:
+            self.calls += 1
+            return self.doubled
+
+        @functools.cached_property
+        def doubled(self) -> int:
+            return 2 * self.value
+
+    class Name(str, enum.Enum):
+        A = "a"
+
+    class Number(enum.IntEnum):
+        A = 1
+
+    class Flags(enum.Flag):
+        A = 1
+
+    kinds = (Mode, Name, Number, Flags)
+    assert distinct(*kinds)
+    before = [fingerprint(kind) for kind in kinds]
+    assert (Mode(1)(), str(Name("a")), repr(Number(1)), Flags(1) | Flags(0)) != ()
+    assert [fingerprint(kind) for kind in kinds] == before
+
+
 def test_values_of_user_classes_count_with_the_class():
     """A captured dataclass, model or enum member brings its own methods along."""
 
@@ -1459,6 +1492,60 @@ EDITED |= {
     """,
 }
 
+ENUMS = {
+    "a dunder": """
+        def __str__(self):
+            return "old"
+    """,
+    "a format": """
+        def __format__(self, spec):
+            return "old"
+    """,
+    "a private method": """
+        def _shown(self):
+            return "old"
+    """,
+    "a class method": """
+        @classmethod
+        def show(cls):
+            return "old"
+    """,
+    "a static method": """
+        @staticmethod
+        def show():
+            return "old"
+    """,
+    "a way to find members": """
+        @classmethod
+        def _missing_(cls, value):
+            return "old"
+    """,
+    "a cached property": """
+        @cached_property
+        def shown(self):
+            return "old"
+    """,
+    "an initializer": """
+        def __init__(self, *value):
+            self.prompt = "old"
+    """,
+    "a member's attribute": """
+        B = 2, "old"
+        def __new__(cls, value, prompt=""):
+            made = object.__new__(cls)
+            made._value_ = value
+            made.prompt = prompt
+            return made
+    """,
+}
+ENUMS = {
+    name: "import enum\nfrom functools import cached_property\nclass E(enum.Enum):\n    A = 1\n"
+    + textwrap.indent(textwrap.dedent(body), "    ")
+    + "value = E.A\n"
+    for name, body in ENUMS.items()
+}
+EDITED |= {f"{name} of an enum": f"{s}def node(state): return E(2)" for name, s in ENUMS.items()}
+
 CLIENT = """
         class Client:
             def __init__(self):
@@ -1665,6 +1752,7 @@ STATES = {
         value = Docs(["a"])
     """,
 }
+STATES |= {f"{name} of an enum": source for name, source in ENUMS.items()}
 
 
 class Asked(TypedDict, total=False):
