@@ -10,6 +10,7 @@ import itertools
 import logging
 import operator
 import queue
+import re
 import sys
 import textwrap
 import threading
@@ -1185,7 +1186,9 @@ def module_of(monkeypatch: pytest.MonkeyPatch, source: str) -> Any:
     """``source``, as a module of a package that is edited and imported anew."""
     module = types.ModuleType("edited_app")
     monkeypatch.setitem(sys.modules, "edited_app", module)
-    exec(compile(textwrap.dedent(source), "edited_app.py", "exec"), module.__dict__)
+    # not with this module's annotations, which are text
+    code = compile(textwrap.dedent(source), "edited_app.py", "exec", dont_inherit=True)
+    exec(code, module.__dict__)
     return module
 
 
@@ -1274,6 +1277,13 @@ EDITED = {
             def __call__(self, state):
                 return llm.bind_tools([*self.tools.values()])
         node = Agent()
+    """,
+    "what a model reads of a tool's field": """
+        from typing import Annotated
+        from pydantic import Field
+        def search(q: Annotated[str, Field(description="old")]): ...
+        def node(state):
+            return llm.bind_tools([search])
     """,
     "a docstring that is printed": """
         def search(q: str):
@@ -1651,6 +1661,60 @@ def test_an_edit_of_what_is_only_looked_at_changes_the_node(
         for word in ("old", "old", "new")
     ]
     assert prints[0] == prints[1] != prints[2]
+
+
+_FIELDS = """
+        from pydantic import AliasChoices, BaseModel, Field, computed_field, create_model
+        from pydantic.dataclasses import dataclass as checked
+        from dataclasses import dataclass, field
+        from typing import Annotated
+"""
+# each without what stands in <>, and with it
+FIELDS = {
+    "exclude": "class M(BaseModel):\n    x: str = Field(''<, exclude=True>)",
+    "repr": "class M(BaseModel):\n    x: str = Field(''<, repr=False>)",
+    "alias to validate": "class M(BaseModel):\n    x: str = Field(''<, validation_alias='y'>)",
+    "aliases to validate": (
+        "class M(BaseModel):\n    x: str = Field('', validation_alias=AliasChoices('x'<, 'y'>))"
+    ),
+    "alias to serialize": "class M(BaseModel):\n    x: str = Field(''<, serialization_alias='y'>)",
+    "validate_default": "class M(BaseModel):\n    x: int = Field('1'<, validate_default=True>)",
+    "frozen": "class M(BaseModel):\n    x: str = Field(''<, frozen=True>)",
+    "annotation": (
+        "class M(BaseModel):\n    x: Annotated[str, Field(title='a'<, exclude=True>)] = ''"
+    ),
+    "pattern": "class M(BaseModel):\n    x: str = Field('', pattern='a<b>')",
+    "made by a call": "M = create_model('M', x=(str, Field(''<, exclude=True>)))",
+    "of a checked dataclass": "@checked\nclass M:\n    x: str = Field(''<, repr=False>)",
+    "computed": (
+        "class M(BaseModel):\n    @computed_field(return_type=str<, alias='y'>)\n    @property\n"
+        "    def x(self): return ''"
+    ),
+    "of a dataclass: repr": "@dataclass\nclass M:\n    x: str = field(default=''<, repr=False>)",
+    "of a dataclass: compare": (
+        "@dataclass\nclass M:\n    x: str = field(default=''<, compare=False>)"
+    ),
+    "of a dataclass: metadata": (
+        "@dataclass\nclass M:\n    x: str = field(default=''<, metadata={'y': 1}>)"
+    ),
+    "all of a dataclass: eq": "@dataclass(<eq=False>)\nclass M:\n    x: str = ''",
+    "all of a dataclass: repr": "@dataclass(<repr=False>)\nclass M:\n    x: str = ''",
+    "all of a dataclass: order": "@dataclass(<order=True>)\nclass M:\n    x: str = ''",
+}
+
+
+@pytest.mark.parametrize("source", FIELDS.values(), ids=FIELDS)
+def test_what_is_said_of_a_field_counts(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """What a model or a dataclass shows, takes and compares is part of it, also in the input."""
+    told = re.sub("[<>]", "", source)
+    codes, inputs = [], []
+    for body in (re.sub("<.*>", "", source), told, told):
+        text = textwrap.dedent(_FIELDS) + body + "\ndef node(state):\n    return M()\n"
+        module = module_of(monkeypatch, text)
+        codes.append(fingerprint(module.node))
+        inputs.append(Classes(double)(module.M))
+    assert codes[0] != codes[1] == codes[2]
+    assert inputs[0] != inputs[1] == inputs[2]
 
 
 def test_docstrings_of_what_is_only_called_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
