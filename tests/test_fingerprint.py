@@ -6,7 +6,9 @@ import contextvars
 import dataclasses
 import enum
 import functools
+import importlib
 import itertools
+import json
 import logging
 import operator
 import queue
@@ -43,6 +45,7 @@ from typing_extensions import override
 
 from langgraph_perf import CachePolicy, MemoryCache
 from langgraph_perf import StateGraph as CachingStateGraph
+from langgraph_perf._code_facts import top_level
 from langgraph_perf._code_identity import code_of
 from langgraph_perf.fingerprint import Classes, Unkeyable, fingerprint
 from tests._fingerprint_cases.packages import Packages
@@ -1177,6 +1180,76 @@ def test_parts_of_runnables_are_named(client):
         'RunnableBinding.kwargs["db"].socket'
     )
     assert path_of(RunnableLambda(double) | client.get) == "Client.get: self.socket"
+
+
+# -- modules as values ----------------------------------------------------------------------------
+
+MODULES = {
+    "another name": "def node(s):\n    h = helpers\n    return h.helper()",
+    "a choice": "def node(s):\n    return (helpers if s else json).helper()",
+    "another choice": "def node(s):\n    return (helpers or json).helper()",
+    "a loop": "def node(s):\n    return [m.helper() for m in (helpers,)]",
+    "a default": "def node(s, h=helpers):\n    return h.helper()",
+    "a closure": "def make(h):\n    return lambda s: h.helper()\nnode = make(helpers)",
+    "a captured attribute": (
+        "class Node:\n    def __init__(self, h):\n        self.h = h\n"
+        "    def __call__(self, s):\n        return self.h.helper()\nnode = Node(helpers)"
+    ),
+    "a class's attribute": "class C:\n    h = helpers\ndef node(s):\n    return C.h.helper()",
+    "a table": "TABLE = {'x': helpers}\ndef node(s):\n    return TABLE['x'].helper()",
+    "an argument": "def use(h):\n    return h.helper()\ndef node(s):\n    return use(helpers)",
+    "a partial function": "f = partial(getattr, helpers)\ndef node(s):\n    return f('helper')",
+    "a long name": (
+        "import pk.sub.helpers\ndef node(s):\n    h = pk.sub.helpers\n    return h.helper()"
+    ),
+    "a lazy name": "def node(s):\n    return lazy.helper()",
+}
+
+
+@pytest.mark.parametrize("source", MODULES.values(), ids=MODULES)
+def test_an_edit_of_a_module_that_is_used_as_a_value_changes_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Whatever the node may do with a module of its package, a comment in there does nothing."""
+    head = "import json\nfrom functools import partial\nfrom pk.sub import helpers, lazy\n"
+    prints = []
+    for n, (word, comment) in enumerate((("old", ""), ("old", "# more\n"), ("new", ""))):
+        package = Packages(tmp_path / str(n), {"pk/__init__.py": "", "pk/sub/__init__.py": ""})
+        package.write("pk/sub/deep.py", f"from pk import main\ndef deep(): return '{word}'\n")
+        text = f"{comment}from pk.sub import deep\ndef helper(): return deep.deep()\n"
+        package.write("pk/sub/helpers.py", text)
+        text = (
+            "def __getattr__(n):\n    from pk.sub import helpers\n    return getattr(helpers, n)\n"
+        )
+        package.write("pk/sub/lazy.py", text)
+        package.write("pk/main.py", head + source)
+        for name in [name for name in sys.modules if top_level(name) == "pk"]:
+            monkeypatch.delitem(sys.modules, name)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(package.directory)
+            main = importlib.import_module("pk.main")
+            prints.append(fingerprint(main.node))
+            main.node(1)
+            package.write("pk/sub/helpers.py", "def helper(): return 'what is not loaded'")
+            assert fingerprint(main.node) == prints[-1]
+    for name in [name for name in sys.modules if top_level(name) == "pk"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_modules_as_values_that_have_no_source_count_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So do those of libraries, and a script; a node that only reads attributes needs no more."""
+    one, two = types.ModuleType("edited_one"), types.ModuleType("edited_two")
+    assert distinct(*map(make, (one, two, json, sys.modules["__main__"], pytest)))
+    module = module_of(
+        monkeypatch, "import edited_app as h\ndef node(s): return h.LIMIT\nLIMIT = 1"
+    )
+    monkeypatch.setattr(module, "__spec__", None)
+    before = fingerprint(module.node)
+    module.unused = 1
+    assert fingerprint(module.node) == before
 
 
 # -- edits that only show in what is handed on, or in what comes in -----------------------------
