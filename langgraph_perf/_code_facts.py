@@ -154,6 +154,19 @@ class Facts:
         return stores, pokes
 
 
+def kept_by_libraries(kind: type, homes: frozenset[str]) -> frozenset[str]:
+    """The attributes that the methods of an object's library classes bind."""
+    kept: set[str] = set()
+    for base in mro_of(kind):
+        if is_library(top_level(base.__module__), homes):
+            for method in namespace_of(base).values():
+                if type(method) is types.FunctionType:
+                    own = ("local", *method.__code__.co_varnames[:1])
+                    stores = code_of(method.__code__).stores
+                    kept.update(o[2] for o in stores if o[:2] == own and len(o) == 3)
+    return frozenset(kept)
+
+
 def is_container(value: Any) -> bool:
     """Whether a value is a built-in container, whose methods are known to change it."""
     return any(base in mro_of(type(value)) for base in _CONTAINERS)

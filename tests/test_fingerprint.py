@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextvars
 import dataclasses
 import enum
@@ -554,6 +555,46 @@ def test_what_carries_no_configuration_counts_by_type():
     for maker in makers:
         assert fingerprint(make(maker())) == fingerprint(make(maker()))
     assert distinct(*(make(maker()) for maker in makers))
+
+
+class Jobs(queue.Queue[Any]):
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k, self.jobs, self.worker = k, 0, threading.Thread()
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        self.jobs += 1
+        super().put(item, block, timeout)
+
+
+class Workers(concurrent.futures.ThreadPoolExecutor):
+    pass
+
+
+class Here(threading.local):
+    pass
+
+
+def test_what_happens_in_a_queue_of_ones_own_does_not_count() -> None:
+    """Its class and what it was made with do, not what it keeps as a queue or has no key."""
+
+    def uses(jobs: Jobs, *more: Any) -> Any:
+        def node(state: Any) -> Any:
+            jobs.put(state)
+            return more
+
+        return node
+
+    jobs, workers, here = Jobs(1), Workers(1), Here()
+    node = uses(jobs, workers, here)
+    assert distinct(node, uses(Jobs(2), workers, here))
+    before = fingerprint(node)
+    node(1)
+    workers.submit(node, 2).result()
+    workers.shutdown()
+    here.k = 1
+    assert jobs.qsize() == jobs.jobs == 2
+    assert fingerprint(node) == before
 
 
 def decorate(k: Any) -> Any:
@@ -1628,6 +1669,51 @@ ENUMS = {
     for name, body in ENUMS.items()
 }
 EDITED |= {f"{name} of an enum": f"{s}def node(state): return E(2)" for name, s in ENUMS.items()}
+
+SUBCLASSES = {
+    "an event": """
+        import threading
+        class Own(threading.Event):
+            def __init__(self, k):
+                super().__init__()
+                self.k = k
+        def node(state, own=Own("old")):
+            return own.k
+    """,
+    "an executor's method": """
+        from concurrent.futures import Executor
+        class Own(Executor):
+            def submit(self, call, *args):
+                return "old"
+        def node(state, own=Own()):
+            return own.submit(print)
+    """,
+    "a queue": """
+        import queue
+        class Own(queue.Queue):
+            prompt = "old"
+        OWN = Own()
+        def node(state):
+            return OWN.prompt
+    """,
+    "a logger": """
+        import logging
+        class Own(logging.Logger):
+            def __init__(self, name, prompt):
+                super().__init__(name)
+                self.client, self.prompt = iter(()), prompt
+        def node(state, own=Own("a", "old")):
+            return own.prompt
+    """,
+    "what each thread has": """
+        import threading
+        class Own(threading.local):
+            k = "old"
+        def node(state, own=Own()):
+            return own.k
+    """,
+}
+EDITED |= {f"{name} of the user's": source for name, source in SUBCLASSES.items()}
 
 CLIENT = """
         class Client:
