@@ -238,7 +238,7 @@ def _loaded(walk: Walk, module: types.ModuleType) -> bytes:
 def _spec_of(module: types.ModuleType) -> Any:
     """How a module has been found, unless it is a script."""
     spec = getattr(module, "__spec__", None)
-    return spec if spec is not None and spec.name == module.__name__ else None
+    return spec if getattr(spec, "name", None) == module.__name__ else None
 
 
 def _sourced(walk: Walk, name: str, source: _Source | None) -> bytes:

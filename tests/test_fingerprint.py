@@ -18,6 +18,7 @@ import sys
 import textwrap
 import threading
 import types
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypedDict
 
@@ -1281,9 +1282,12 @@ def test_an_edit_of_a_module_that_is_used_as_a_value_changes_the_node(
 def test_modules_as_values_that_have_no_source_count_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """So do those of libraries, and a script; a node that only reads attributes needs no more."""
-    one, two = types.ModuleType("edited_one"), types.ModuleType("edited_two")
-    assert distinct(*map(make, (one, two, json, sys.modules["__main__"], pytest)))
+    """So do those of libraries, a script, and one whose file is gone; a node that only reads
+    attributes needs no more."""
+    one, two, gone = map(types.ModuleType, ("edited_one", "edited_two", "edited_gone"))
+    loader = SourceFileLoader("edited_gone", "/nowhere/edited_gone.py")
+    gone.__spec__ = ModuleSpec("edited_gone", loader)
+    assert distinct(*map(make, (one, two, gone, json, sys.modules["__main__"], pytest)))
     module = module_of(
         monkeypatch, "import edited_app as h\ndef node(s): return h.LIMIT\nLIMIT = 1"
     )
