@@ -226,9 +226,7 @@ def _loaded(walk: Walk, module: types.ModuleType) -> bytes:
         return b"N" + text(name)
     found = _sources.entries.get(id(spec))
     if found is None:
-        source = None
-        with contextlib.suppress(ImportError, OSError, SyntaxError):  # its file is being edited
-            source = _Source.of(name, spec)
+        source = _Source.of(name, spec)
         _sources.put(spec, source)
     else:
         source = found[0]
@@ -259,7 +257,10 @@ class _Source:
     def of(cls, name: str, spec: Any) -> _Source | None:
         """The code of the module that is found in this way, if it has any."""
         get_code = getattr(spec.loader if spec else None, "get_code", None)
-        code = get_code(name) if get_code else None
+        code = None
+        if get_code:
+            with contextlib.suppress(ImportError, OSError, SyntaxError):  # gone, or being edited
+                code = get_code(name)
         return None if code is None else cls(name, spec.submodule_search_locations, code)
 
 

@@ -1258,7 +1258,9 @@ def test_an_edit_of_a_module_that_is_used_as_a_value_changes_the_node(
     for n, (word, comment) in enumerate((("old", ""), ("old", "# more\n"), ("new", ""))):
         package = Packages(tmp_path / str(n), {"pk/__init__.py": "", "pk/sub/__init__.py": ""})
         package.write("pk/sub/deep.py", f"from pk import main\ndef deep(): return '{word}'\n")
+        package.write("pk/sub/broken.py", "def")
         text = f"{comment}from pk.sub import deep\ndef helper(): return deep.deep()\n"
+        text += "def unused(): import pk.sub.broken\n"
         package.write("pk/sub/helpers.py", text)
         text = (
             "def __getattr__(n):\n    from pk.sub import helpers\n    return getattr(helpers, n)\n"
