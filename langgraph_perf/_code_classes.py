@@ -7,12 +7,14 @@ import functools
 import types
 import typing
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
+from pydantic.fields import FieldInfo
 
 from langgraph_perf._canonical import Plan, instance_state, mro_of, namespace_of, text, type_name
-from langgraph_perf._code_walk import Walk, as_first_seen, by_type, found_by_name
+from langgraph_perf._code_walk import Walk, as_first_seen, by_type, found_by_name, state
 
 # what Python, dataclasses, enums and pydantic add to a class; it follows from the rest
 _ADDED = frozenset(
@@ -25,6 +27,21 @@ _ADDED = frozenset(
     __callable_proto_members_only__ __type_params__ __classcell__
     """.split()  # noqa: SIM905
 )
+_DATACLASS = ("init", "repr", "eq", "order", "unsafe_hash", "frozen")
+_DECORATORS = (
+    "field_validators",
+    "model_validators",
+    "field_serializers",
+    "model_serializers",
+    "computed_fields",
+)
+# not all, and not those that are set: which there are depends on pydantic's version
+_FIELD = """
+    default default_factory alias alias_priority validation_alias serialization_alias title
+    field_title_generator description examples exclude exclude_if discriminator deprecated
+    json_schema_extra frozen validate_default repr init init_var kw_only metadata
+""".split()  # noqa: SIM905
+_OF_A_MEMBER = frozenset(("_value_", "_name_", "__objclass__", "_sort_order_"))
 _NAMED_TUPLE = frozenset(("__new__", "__repr__", "__getnewargs__", "_make", "_replace", "_asdict"))
 
 
@@ -34,6 +51,10 @@ def class_or_annotation_plan(kind: type) -> Plan | None:
         return _class
     if kind is TypeAdapter:
         return _type_adapter
+    if FieldInfo in mro_of(kind):
+        return _field
+    if any(type_name(base).endswith(".PydanticMetadata") for base in mro_of(kind)):
+        return _constraints
     return annotation if _is_annotation(kind) else None
 
 
@@ -47,6 +68,16 @@ def _class(walk: Walk, kind: type) -> bytes:
 def _type_adapter(walk: Walk, adapter: Any) -> bytes:
     own = instance_state(TypeAdapter)(adapter)
     return b"A" + annotation(walk, own.get("_type")) + walk.or_type(own.get("_config"))
+
+
+def _field(walk: Walk, info: Any) -> bytes:
+    told = [walk.or_type(getattr(info, name, None)) for name in _FIELD]
+    # models made by create_model have no annotations of their own
+    return b"?" + annotation(walk, info.annotation) + b"".join(told)
+
+
+def _constraints(walk: Walk, constraints: Any) -> bytes:
+    return by_type(constraints) + walk.encode(vars(constraints))
 
 
 def _class_body(walk: Walk, kind: type) -> bytes:
@@ -73,36 +104,53 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
             continue
         if "__dataclass_fields__" in namespace and _generated(member):
             continue
-        if is_enum and not (isinstance(member, types.FunctionType | property) and name[0] != "_"):
+        if is_enum and (name in namespace["_member_map_"] or _of_enums(name, member)):
             continue
         yield name, member
     doc = namespace.get("__doc__")
     if isinstance(doc, str) and (BaseModel in mro_of(kind) or "__total__" in namespace):
         yield "schema", doc  # part of its JSON schema, and so of what a model is told
     if is_enum:
-        for name, member in getattr(kind, "_member_map_", {}).items():
+        for name, member in namespace["_member_map_"].items():
             yield f"= {name}", member._value_
+            if not vars(member).keys() <= _OF_A_MEMBER:
+                yield f"= {name}.", _Attributes(member)
     for name, note in namespace.get("__annotations__", {}).items():
         yield f": {name}", _Note(note)
     for name, field in namespace.get("__dataclass_fields__", {}).items():
         yield f"field {name}", (field.default, field.default_factory, field.init, field.kw_only)
-    if BaseModel in mro_of(kind) and kind is not BaseModel:
-        for name, info in getattr(kind, "__pydantic_fields__", {}).items():
-            # models made by create_model have no annotations of their own
-            yield f"field {name}", _Note(info.annotation)
-            yield f"field {name} default", (info.default, info.default_factory)
-            more = (info.title, info.examples, info.json_schema_extra, info.deprecated)
-            yield f"field {name} more", (info.alias, info.description, info.metadata, *more)
+        yield f"field {name} more", (field.repr, field.compare, field.hash, field.metadata)
+    params = namespace.get("__dataclass_params__")
+    if params is not None:
+        yield "dataclass", tuple(getattr(params, name) for name in _DATACLASS)
+    fields = namespace.get("__pydantic_fields__")
+    if (fields is not None or BaseModel in mro_of(kind)) and kind is not BaseModel:
+        for name, info in (fields or {}).items():
+            yield f"field {name}", info
         for name, private in getattr(kind, "__private_attributes__", {}).items():
             yield f"private {name}", (private.default, private.default_factory)
         decorators = getattr(kind, "__pydantic_decorators__", None)
-        for group in ("field_validators", "model_validators", "field_serializers"):
+        for group in _DECORATORS:
             for name, decorator in getattr(decorators, group, {}).items():
                 info = decorator.info
-                yield (
-                    f"decorator {name}",
-                    (*(getattr(info, f, None) for f in type(info).__dataclass_fields__),),
-                )
+                told = (*(getattr(info, f, None) for f in type(info).__dataclass_fields__),)
+                yield f"decorator {name}", told
+
+
+def _of_enums(name: str, member: Any) -> bool:
+    """Whether it was ``enum`` that put this into the class."""
+    if isinstance(member, types.FunctionType | staticmethod | classmethod):
+        return getattr(member, "__module__", None) == "enum"
+    return name[0] == name[-1] == "_"
+
+
+class _Attributes:
+    """Marks that of an enum's member the attributes count."""
+
+    __slots__ = ("of",)
+
+    def __init__(self, of: Any) -> None:
+        self.of = of
 
 
 def _generated(member: Any) -> bool:
@@ -120,7 +168,7 @@ def _member(walk: Walk, member: Any) -> bytes:
         walk.facts.members.add(member.__code__)
     if isinstance(member, staticmethod | classmethod):
         return text(type(member).__name__) + _member(walk, member.__func__)
-    if isinstance(member, property):
+    if isinstance(member, property | types.DynamicClassAttribute):
         return b"p" + b"".join(map(walk.or_type, (member.fget, member.fset, member.fdel)))
     if isinstance(member, functools.cached_property):
         return b"c" + walk.or_type(member.func)
@@ -131,6 +179,8 @@ def _member(walk: Walk, member: Any) -> bytes:
         return b"u%d:%b" % (len(member), b"".join(_member(walk, part) for part in member))
     if isinstance(member, _Note):
         return annotation(walk, member.note)
+    if isinstance(member, _Attributes):
+        return walk.leniently(partial(state, walk, member.of, _OF_A_MEMBER))
     if isinstance(member, type(_Note.__dict__["note"]) | types.GetSetDescriptorType):
         return by_type(member)  # slots
     return walk.or_type(member)

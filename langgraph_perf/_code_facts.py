@@ -79,6 +79,7 @@ class Facts:
     Attributes:
         stores: names bound anew: ``(id of the namespace, object or cell, name)``.
         pokes: names whose value is changed in place, if that is a built-in container.
+        attributes: the names of attributes that are bound anew or changed in place, of whatever.
         entries: the methods that are called from outside of their class.
         members: the code of methods; what they call on their own does not make it an entry.
     """
@@ -86,6 +87,7 @@ class Facts:
     def __init__(self) -> None:
         self.stores: set[tuple[int, str]] = set()
         self.pokes: set[tuple[int, str]] = set()
+        self.attributes: set[str] = set()
         self.entries: set[str] = set(_ENTRIES.split())
         self.members: set[types.CodeType] = set()
         self._functions: list[types.FunctionType] = []
@@ -99,6 +101,7 @@ class Facts:
     def note(self, function: types.FunctionType, known: Code) -> None:
         """Note what a function does to names and attributes outside of it."""
         self._functions.append(function)
+        self.attributes.update(o[-1] for o in known.stores | known.pokes if len(o) > 2)
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         for origins, noted in ((known.stores, self.stores), (known.pokes, self.pokes)):
             for space, name, *path in origins:
@@ -149,6 +152,19 @@ class Facts:
                     pokes.update(o[2] for o in known.pokes if o[:2] == own and len(o) == 3)
                     waiting += [o[2] for o in known.loads if o[:2] == own and len(o) > 2]
         return stores, pokes
+
+
+def kept_by_libraries(kind: type, homes: frozenset[str]) -> frozenset[str]:
+    """The attributes that the methods of an object's library classes bind."""
+    kept: set[str] = set()
+    for base in mro_of(kind):
+        if is_library(top_level(base.__module__), homes):
+            for method in namespace_of(base).values():
+                if type(method) is types.FunctionType:
+                    own = ("local", *method.__code__.co_varnames[:1])
+                    stores = code_of(method.__code__).stores
+                    kept.update(o[2] for o in stores if o[:2] == own and len(o) == 3)
+    return frozenset(kept)
 
 
 def is_container(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import operator
 import sys
@@ -11,11 +12,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.machinery import PathFinder
 from typing import Any
 
-from langgraph_perf._canonical import Plan, Unkeyable, mro_of, text, type_name
+from langgraph_perf._canonical import IdentityMap, Plan, Unkeyable, mro_of, text, type_name
 from langgraph_perf._code_facts import top_level, value_of
 from langgraph_perf._code_identity import Code, Origin, code_of
 from langgraph_perf._code_walk import Walk, as_first_seen, by_type, described, found_by_name
 
+_WHOLE = ""  # stands for no attribute
+# attributes that count by themselves, follow from the rest or do nothing when the function runs
+_MARKS = frozenset(
+    """
+    __wrapped__ cache_parameters __abstractmethods__ __isabstractmethod__ __deprecated__ __final__
+    __no_type_check__ __override__ __pytest_wrapped__ pytestmark
+    """.split()  # noqa: SIM905
+)
 _GETTERS = (operator.attrgetter, operator.itemgetter, operator.methodcaller)
 
 
@@ -55,6 +64,7 @@ def _function_body(walk: Walk, function: types.FunctionType) -> bytes:
         wrapped = function.__dict__.get("__wrapped__")
         if type(wrapped) is types.FunctionType:
             out.append(walk.captured("__wrapped__", wrapped))
+        out += _attributes(walk, function)
         home = function.__globals__.get("__name__")
         if not walk.library(home):
             top = top_level(home)
@@ -67,6 +77,20 @@ def _function_body(walk: Walk, function: types.FunctionType) -> bytes:
         exc.complete = True
         raise
     return b"".join(out)
+
+
+def _attributes(walk: Walk, function: Any) -> Iterator[bytes]:
+    """What a function, a partial one or one with a cache has been given to keep."""
+    own = function.__dict__
+    # what a library's wrapper keeps may change with each call, and no code here says so
+    abroad = type(function) is types.FunctionType and walk.library(
+        function.__globals__.get("__name__")
+    )
+    for name in sorted(own.keys() - _MARKS):
+        if abroad or name in walk.facts.attributes:
+            yield b"." + text(name) + as_first_seen(function, name, own[name])
+        else:
+            yield b"." + text(name) + walk.or_type(own[name])
 
 
 def _passed(function: types.FunctionType, known: Code) -> Iterator[Any]:
@@ -107,11 +131,15 @@ def _cell(walk: Walk, function: types.FunctionType, name: str, cell: types.CellT
 
 
 def _globals(known: Code) -> dict[str, set[Origin]]:
-    """The module-level names that code reads, each with the attribute paths that it follows."""
+    """The module-level names that code reads, each with the attribute paths that it follows. Those
+    of what it uses as a value end with ``_WHOLE``."""
     names: dict[str, set[Origin]] = {}
     for space, name, *path in known.loads:
         if space == "global":
             names.setdefault(name, set()).add(tuple(path))
+    for space, name, *path in known.whole:
+        if space == "global":
+            names.setdefault(name, set()).add((*path, _WHOLE))
     return names
 
 
@@ -127,7 +155,13 @@ def _global(
         if top_level(value.__name__) != top:
             return b"N" + text(value.__name__)
         out = [b"M" + text(value.__name__)]
-        for step in sorted({path[0] for path in paths if path}):
+        steps = {path[0] for path in paths if path}
+        own = value.__dict__
+        if "__getattr__" in own and not steps <= own.keys():
+            steps = steps & own.keys() | {_WHOLE}
+        if _WHOLE in steps:
+            out.append(_module_value(walk, value))
+        for step in sorted(steps - {_WHOLE}):
             further = [path[1:] for path in paths if path[:1] == (step,)]
             out.append(text(step) + _global(walk, value.__dict__, step, further, top))
         return b"".join(out)
@@ -169,22 +203,46 @@ def _imported(
 
 def _module(walk: Walk, name: str) -> bytes:
     """A module that may not have been imported yet: found and compiled, never run."""
+    loaded = sys.modules.get(name)
+    if loaded is not None and _spec_of(loaded) is not None:
+        return _loaded(walk, loaded)
     path: Any = None
     spec = None
     for end, _ in enumerate(name.split(".")):
         spec = PathFinder.find_spec(".".join(name.split(".")[: end + 1]), path)
         if spec is None:
-            loaded = sys.modules.get(".".join(name.split(".")[: end + 1]))
-            spec = getattr(loaded, "__spec__", None)
+            above = sys.modules.get(".".join(name.split(".")[: end + 1]))
+            spec = getattr(above, "__spec__", None)
         if spec is None:
             return b"-"  # not a module but something in one
         path = spec.submodule_search_locations
-    get_code = getattr(spec.loader if spec else None, "get_code", None)
-    code = get_code(name) if get_code else None
-    if code is None:
+    return _sourced(walk, name, walk.modules.get(name) or _Source.of(name, spec))
+
+
+def _loaded(walk: Walk, module: types.ModuleType) -> bytes:
+    """A module that has been imported, by its source if there is one."""
+    name, spec = module.__name__, _spec_of(module)
+    if spec is None:
         return b"N" + text(name)
-    source = walk.modules.setdefault(name, _Source(name, path, code))
-    return walk.later(source, _module_body)
+    found = _sources.entries.get(id(spec))
+    if found is None:
+        source = _Source.of(name, spec)
+        _sources.put(spec, source)
+    else:
+        source = found[0]
+    return _sourced(walk, name, source)
+
+
+def _spec_of(module: types.ModuleType) -> Any:
+    """How a module has been found, unless it is a script."""
+    spec = getattr(module, "__spec__", None)
+    return spec if getattr(spec, "name", None) == module.__name__ else None
+
+
+def _sourced(walk: Walk, name: str, source: _Source | None) -> bytes:
+    if source is None:
+        return b"N" + text(name)
+    return walk.later(walk.modules.setdefault(name, source), _module_body)
 
 
 class _Source:
@@ -195,8 +253,25 @@ class _Source:
         self.package = name if is_package is not None else name.rpartition(".")[0]
         self.code = code_of(code)
 
+    @classmethod
+    def of(cls, name: str, spec: Any) -> _Source | None:
+        """The code of the module that is found in this way, if it has any."""
+        get_code = getattr(spec.loader if spec else None, "get_code", None)
+        code = None
+        if get_code:
+            with contextlib.suppress(ImportError, OSError, SyntaxError):  # gone, or being edited
+                code = get_code(name)
+        return None if code is None else cls(name, spec.submodule_search_locations, code)
+
+
+# of modules that are loaded as it was when first looked at: their files may be replaced by newer
+# ones while the process runs the old code. A reload brings another spec
+_sources = IdentityMap(1024)
+
 
 def _module_body(walk: Walk, source: _Source) -> bytes:
+    if walk.survey:
+        return b""  # nothing is found out there
     namespace = {"__package__": source.package}
     imports = (
         _imported(walk, namespace, entry, top_level(source.name))
@@ -227,6 +302,7 @@ def _partial(walk: Walk, partial: functools.partial[Any]) -> bytes:
         out.append(walk.captured(f".args[{index}]", value))
     for name, value in sorted(partial.keywords.items()):
         out.append(text(name) + walk.captured(f'["{name}"]', value))
+    out += _attributes(walk, partial)
     return b"P%d:%d:%b" % (len(partial.args), len(partial.keywords), b"".join(out))
 
 
@@ -243,8 +319,9 @@ def _descriptor(walk: Walk, method: types.MethodDescriptorType) -> bytes:
 
 
 def _cached(walk: Walk, function: Any) -> bytes:
-    parameters = function.cache_parameters()
-    return b"L" + walk.encode(parameters) + walk.captured(".__wrapped__", function.__wrapped__)
+    out = [walk.encode(function.cache_parameters())]
+    out.append(walk.captured(".__wrapped__", function.__wrapped__))
+    return b"L" + b"".join([*out, *_attributes(walk, function)])
 
 
 def _getter(walk: Walk, getter: Any) -> bytes:
@@ -252,12 +329,15 @@ def _getter(walk: Walk, getter: Any) -> bytes:
     return b"G" + text(type_name(type(getter))) + walk.captured(".args", arguments)
 
 
-def _module_name(walk: Walk, module: types.ModuleType) -> bytes:
-    return b"N" + text(module.__name__)
+def _module_value(walk: Walk, module: types.ModuleType) -> bytes:
+    """A module that code may do anything with: one of the user's by its source."""
+    if walk.library(module.__name__):
+        return b"N" + text(module.__name__)
+    return _loaded(walk, module)
 
 
 _CALLABLES: dict[type, Plan] = {
-    types.ModuleType: _module_name,
+    types.ModuleType: _module_value,
     types.FunctionType: _function,
     types.MethodType: _method,
     functools.partial: _partial,

@@ -68,6 +68,7 @@ _STORES = {
     "STORE_DEREF": "free",
     "DELETE_DEREF": "free",
 }
+_OF_ATTRIBUTES = frozenset(("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR"))
 # how many values go into a call or a container; 0: as many as the argument says
 _PASSING = {
     # in Python 3.11 the two stand one after the other
@@ -105,6 +106,7 @@ class Code:
         stores: the names and attributes that it binds anew.
         pokes: the names and attributes whose value it changes, if that is a built-in container.
         passed: those whose value it passes to a call or puts into a container.
+        whole: those that it reads as a value, not just for an attribute of theirs.
         imports: ``(level, module, names)`` of import statements.
     """
 
@@ -113,6 +115,7 @@ class Code:
     stores: frozenset[Origin]
     pokes: frozenset[Origin]
     passed: frozenset[Origin]
+    whole: frozenset[Origin]
     imports: frozenset[tuple[int, str, tuple[str, ...]]]
 
 
@@ -136,6 +139,7 @@ class _Reader:
     stores: set[Origin] = field(default_factory=set)
     pokes: set[Origin] = field(default_factory=set)
     passed: set[Origin] = field(default_factory=set)
+    whole: set[Origin] = field(default_factory=set)
     imports: set[tuple[int, str, tuple[str, ...]]] = field(default_factory=set)
 
     def read(self) -> Code:
@@ -175,6 +179,7 @@ class _Reader:
             frozenset(self.stores),
             frozenset(self.pokes),
             frozenset(self.passed),
+            frozenset(self.whole),
             frozenset(self.imports),
         )
 
@@ -186,6 +191,7 @@ class _Reader:
             (self.stores, inner.stores),
             (self.pokes, inner.pokes),
             (self.passed, inner.passed),
+            (self.whole, inner.whole),
         ):
             for origin in theirs:
                 space = origin[0]
@@ -236,7 +242,10 @@ class _Reader:
                 # below the arguments of a call is what is called, above them the keywords' names
                 count = _PASSING[name] or instruction.arg * (1 + (name == "BUILD_MAP"))
                 self.passed.update(filter(None, stack[-count - (name in _NAMING) :]))
-            self._step(stack, instruction)
+            # a value and the attribute that is read off it stand next to each other
+            following = instructions[index + 1 : index + 2]
+            whole = not following or following[0].opname not in _OF_ATTRIBUTES
+            self._step(stack, instruction, whole)
 
     def _space(self, space: str, name: str) -> str:
         return "local" if space == "free" and name in self.code.co_cellvars else space
@@ -245,14 +254,19 @@ class _Reader:
         if found and found[0]:
             where.add((*found[0], *attribute))
 
-    def _step(self, stack: list[Origin | None], instruction: dis.Instruction) -> None:
+    def _load(self, origin: Origin, whole: bool) -> None:
+        self.loads.add(origin)
+        if whole:
+            self.whole.add(origin)
+
+    def _step(self, stack: list[Origin | None], instruction: dis.Instruction, whole: bool) -> None:
         name, value, arg = instruction.opname, instruction.argval, instruction.arg
         if name == "KW_NAMES":
             return  # stands between the arguments and their call, and touches neither
         if name in ("LOAD_ATTR", "LOAD_METHOD"):
             base = stack[-1] if stack else None
             if base:
-                self.loads.add((*base, value))
+                self._load((*base, value), whole)
                 if value in MUTATORS:
                     self.pokes.add(base)
             effect = dis.stack_effect(instruction.opcode, arg)
@@ -274,7 +288,7 @@ class _Reader:
             effect = dis.stack_effect(instruction.opcode, arg, jump=False)
             if name in _LOADS:
                 origin = (self._space(_LOADS[name], value), value)
-                self.loads.add(origin)
+                self._load(origin, whole)
                 stack += _placed(origin, effect)
             elif name.startswith("LOAD_FAST_LOAD_FAST"):
                 stack += [("local", each) for each in value]

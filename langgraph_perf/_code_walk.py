@@ -41,7 +41,14 @@ from langgraph_perf._canonical import (
     text,
     type_name,
 )
-from langgraph_perf._code_facts import Facts, is_container, is_framework, is_library, top_level
+from langgraph_perf._code_facts import (
+    Facts,
+    is_container,
+    is_framework,
+    is_library,
+    kept_by_libraries,
+    top_level,
+)
 from langgraph_perf._message_rows import extra_of, private_of
 from langgraph_perf._messages_key import KeyEncoder
 from langgraph_perf._value_types import value_plan
@@ -220,13 +227,20 @@ class Walk(KeyEncoder):
         if self.lenient:
             return self.encode(value)
         if self.survey:  # it does not mind what has no key, so it would not find out
-            return self._leniently(value, more)
-        return self.attempt(lambda: self.encode(value), lambda: self._leniently(value, more))
+            return self._or_type(value, more)
+        return self.attempt(lambda: self.encode(value), lambda: self._or_type(value, more))
 
-    def _leniently(self, value: Any, more: Callable[[], bytes]) -> bytes:
-        self.lenient = True
-        encoded = self.attempt(lambda: self.encode(value), lambda: by_type(value)) + more()
-        self.lenient = False
+    def _or_type(self, value: Any, more: Callable[[], bytes]) -> bytes:
+        def parts() -> bytes:
+            return self.attempt(lambda: self.encode(value), lambda: by_type(value)) + more()
+
+        return self.leniently(parts)
+
+    def leniently(self, encode: Callable[[], bytes]) -> bytes:
+        """``encode()``, where of what has no key the type counts."""
+        outer, self.lenient = self.lenient, True
+        encoded = encode()
+        self.lenient = outer
         return encoded
 
     # -- whose code is it -------------------------------------------------------------------------
@@ -312,7 +326,19 @@ def described(walk: Walk, value: Any) -> bytes:
 
 
 def _by_type(walk: Walk, value: Any) -> bytes:
-    return by_type(value)
+    """What carries no configuration, but for what a class of the user's adds."""
+    if walk.library(type(value).__module__):
+        return by_type(value)
+    return by_type(value) + walk.here(value, _additions)
+
+
+def _additions(walk: Walk, value: Any) -> bytes:
+    def own() -> bytes:
+        if threading.local in mro_of(type(value)):
+            return walk.encode(type(value))  # its attributes are this thread's
+        return state(walk, value, kept_by_libraries(type(value), walk.homes))
+
+    return walk.leniently(lambda: walk.attempt(own, bytes))
 
 
 def _array(walk: Walk, value: array.array[Any]) -> bytes:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextvars
 import dataclasses
 import enum
 import functools
+import importlib
 import itertools
+import json
 import logging
 import operator
 import queue
+import re
 import sys
 import textwrap
 import threading
 import types
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypedDict
 
@@ -38,9 +43,11 @@ from langgraph.func import entrypoint
 from langgraph.graph import START, StateGraph
 from langgraph.prebuilt import ToolNode
 from pydantic import BaseModel, Field, PrivateAttr, field_validator
+from typing_extensions import override
 
 from langgraph_perf import CachePolicy, MemoryCache
 from langgraph_perf import StateGraph as CachingStateGraph
+from langgraph_perf._code_facts import top_level
 from langgraph_perf._code_identity import code_of
 from langgraph_perf.fingerprint import Classes, Unkeyable, fingerprint
 from tests._fingerprint_cases.packages import Packages
@@ -403,6 +410,42 @@ def test_what_the_code_changes_counts_as_it_was_configured() -> None:
         assert fingerprint(one) == fingerprint(same)
 
 
+def counted(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(state: Any) -> Any:
+        wrapper.calls += 1
+        wrapper.log.append(state)
+        return note_call(function)
+
+    wrapper.calls, wrapper.log, function.times = 0, [], 0
+    return wrapper
+
+
+def note_call(function: Any) -> Any:
+    function.times += 1
+    return function.times
+
+
+def test_what_the_code_writes_to_functions_does_not_count() -> None:
+    """Counters and logs that a decorator or a helper keeps on a function are as it was made."""
+    once, twice = counted(lambda state: 1), functools.lru_cache(counted(lambda state: 1))
+    before = fingerprint(once), fingerprint(twice)
+    once("a"), twice("a")
+    assert (once.calls, once.log, once.__wrapped__.times) == (1, ["a"], 1)
+    assert (fingerprint(once), fingerprint(twice)) == before
+
+
+def test_marks_on_functions_do_not_count() -> None:
+    """What tests and type checkers are told of a function does nothing when it runs."""
+    before = fingerprint(plain_one)
+    try:
+        pytest.mark.usefixtures()(override(plain_one))
+        assert plain_one.__dict__
+        assert fingerprint(plain_one) == before
+    finally:
+        plain_one.__dict__.clear()
+
+
 SEEN: list[Any] = []
 TOTAL = 0
 STEPS = itertools.count()
@@ -513,6 +556,46 @@ def test_what_carries_no_configuration_counts_by_type():
     for maker in makers:
         assert fingerprint(make(maker())) == fingerprint(make(maker()))
     assert distinct(*(make(maker()) for maker in makers))
+
+
+class Jobs(queue.Queue[Any]):
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k, self.jobs, self.worker = k, 0, threading.Thread()
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        self.jobs += 1
+        super().put(item, block, timeout)
+
+
+class Workers(concurrent.futures.ThreadPoolExecutor):
+    pass
+
+
+class Here(threading.local):
+    pass
+
+
+def test_what_happens_in_a_queue_of_ones_own_does_not_count() -> None:
+    """Its class and what it was made with do, not what it keeps as a queue or has no key."""
+
+    def uses(jobs: Jobs, *more: Any) -> Any:
+        def node(state: Any) -> Any:
+            jobs.put(state)
+            return more
+
+        return node
+
+    jobs, workers, here = Jobs(1), Workers(1), Here()
+    node = uses(jobs, workers, here)
+    assert distinct(node, uses(Jobs(2), workers, here))
+    before = fingerprint(node)
+    node(1)
+    workers.submit(node, 2).result()
+    workers.shutdown()
+    here.k = 1
+    assert jobs.qsize() == jobs.jobs == 2
+    assert fingerprint(node) == before
 
 
 def decorate(k: Any) -> Any:
@@ -795,6 +878,39 @@ def test_classes_count_by_what_is_in_them():
         Checked,
         CheckedLater,
     )
+
+
+def test_calls_do_not_change_an_enum() -> None:
+    """Its members keep what a cached property found and what they count; any kind will do."""
+
+    class Mode(enum.Enum):
+        FAST = 1
+
+        def __init__(self, value: int) -> None:
+            self.calls = 0
+
+        def __call__(self) -> int:
+            self.calls += 1
+            return self.doubled
+
+        @functools.cached_property
+        def doubled(self) -> int:
+            return 2 * self.value
+
+    class Name(str, enum.Enum):
+        A = "a"
+
+    class Number(enum.IntEnum):
+        A = 1
+
+    class Flags(enum.Flag):
+        A = 1
+
+    kinds = (Mode, Name, Number, Flags)
+    assert distinct(*kinds)
+    before = [fingerprint(kind) for kind in kinds]
+    assert (Mode(1)(), str(Name("a")), repr(Number(1)), Flags(1) | Flags(0)) != ()
+    assert [fingerprint(kind) for kind in kinds] == before
 
 
 def test_values_of_user_classes_count_with_the_class():
@@ -1108,6 +1224,81 @@ def test_parts_of_runnables_are_named(client):
     assert path_of(RunnableLambda(double) | client.get) == "Client.get: self.socket"
 
 
+# -- modules as values ----------------------------------------------------------------------------
+
+MODULES = {
+    "another name": "def node(s):\n    h = helpers\n    return h.helper()",
+    "a choice": "def node(s):\n    return (helpers if s else json).helper()",
+    "another choice": "def node(s):\n    return (helpers or json).helper()",
+    "a loop": "def node(s):\n    return [m.helper() for m in (helpers,)]",
+    "a default": "def node(s, h=helpers):\n    return h.helper()",
+    "a closure": "def make(h):\n    return lambda s: h.helper()\nnode = make(helpers)",
+    "a captured attribute": (
+        "class Node:\n    def __init__(self, h):\n        self.h = h\n"
+        "    def __call__(self, s):\n        return self.h.helper()\nnode = Node(helpers)"
+    ),
+    "a class's attribute": "class C:\n    h = helpers\ndef node(s):\n    return C.h.helper()",
+    "a table": "TABLE = {'x': helpers}\ndef node(s):\n    return TABLE['x'].helper()",
+    "an argument": "def use(h):\n    return h.helper()\ndef node(s):\n    return use(helpers)",
+    "a partial function": "f = partial(getattr, helpers)\ndef node(s):\n    return f('helper')",
+    "a long name": (
+        "import pk.sub.helpers\ndef node(s):\n    h = pk.sub.helpers\n    return h.helper()"
+    ),
+    "a lazy name": "def node(s):\n    return lazy.helper()",
+}
+
+
+@pytest.mark.parametrize("source", MODULES.values(), ids=MODULES)
+def test_an_edit_of_a_module_that_is_used_as_a_value_changes_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Whatever the node may do with a module of its package, a comment in there does nothing."""
+    head = "import json\nfrom functools import partial\nfrom pk.sub import helpers, lazy\n"
+    prints = []
+    for n, (word, comment) in enumerate((("old", ""), ("old", "# more\n"), ("new", ""))):
+        package = Packages(tmp_path / str(n), {"pk/__init__.py": "", "pk/sub/__init__.py": ""})
+        package.write("pk/sub/deep.py", f"from pk import main\ndef deep(): return '{word}'\n")
+        package.write("pk/sub/broken.py", "def")
+        text = f"{comment}from pk.sub import deep\ndef helper(): return deep.deep()\n"
+        text += "def unused(): import pk.sub.broken\n"
+        package.write("pk/sub/helpers.py", text)
+        text = (
+            "def __getattr__(n):\n    from pk.sub import helpers\n    return getattr(helpers, n)\n"
+        )
+        package.write("pk/sub/lazy.py", text)
+        package.write("pk/main.py", head + source)
+        for name in [name for name in sys.modules if top_level(name) == "pk"]:
+            monkeypatch.delitem(sys.modules, name)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(package.directory)
+            main = importlib.import_module("pk.main")
+            prints.append(fingerprint(main.node))
+            main.node(1)
+            package.write("pk/sub/helpers.py", "def helper(): return 'what is not loaded'")
+            assert fingerprint(main.node) == prints[-1]
+    for name in [name for name in sys.modules if top_level(name) == "pk"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_modules_as_values_that_have_no_source_count_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So do those of libraries, a script, and one whose file is gone; a node that only reads
+    attributes needs no more."""
+    one, two, gone = map(types.ModuleType, ("edited_one", "edited_two", "edited_gone"))
+    loader = SourceFileLoader("edited_gone", "/nowhere/edited_gone.py")
+    gone.__spec__ = ModuleSpec("edited_gone", loader)
+    assert distinct(*map(make, (one, two, gone, json, sys.modules["__main__"], pytest)))
+    module = module_of(
+        monkeypatch, "import edited_app as h\ndef node(s): return h.LIMIT\nLIMIT = 1"
+    )
+    monkeypatch.setattr(module, "__spec__", None)
+    before = fingerprint(module.node)
+    module.unused = 1
+    assert fingerprint(module.node) == before
+
+
 # -- edits that only show in what is handed on, or in what comes in -----------------------------
 
 
@@ -1115,7 +1306,9 @@ def module_of(monkeypatch: pytest.MonkeyPatch, source: str) -> Any:
     """``source``, as a module of a package that is edited and imported anew."""
     module = types.ModuleType("edited_app")
     monkeypatch.setitem(sys.modules, "edited_app", module)
-    exec(compile(textwrap.dedent(source), "edited_app.py", "exec"), module.__dict__)
+    # not with this module's annotations, which are text
+    code = compile(textwrap.dedent(source), "edited_app.py", "exec", dont_inherit=True)
+    exec(code, module.__dict__)
     return module
 
 
@@ -1204,6 +1397,13 @@ EDITED = {
             def __call__(self, state):
                 return llm.bind_tools([*self.tools.values()])
         node = Agent()
+    """,
+    "what a model reads of a tool's field": """
+        from typing import Annotated
+        from pydantic import Field
+        def search(q: Annotated[str, Field(description="old")]): ...
+        def node(state):
+            return llm.bind_tools([search])
     """,
     "a docstring that is printed": """
         def search(q: str):
@@ -1370,6 +1570,157 @@ EDITED |= {
     """,
 }
 
+EDITED |= {
+    "an attribute of the node": """
+        def node(state):
+            return node.prompt
+        node.prompt = "old"
+    """,
+    "an attribute of a helper in a list": """
+        def helper(): ...
+        helper.meta = {"client": iter(()), "prompt": "old"}
+        HELPERS = [helper]
+        def node(state):
+            return HELPERS[0].meta["prompt"]
+    """,
+    "an attribute that a decorator sets": """
+        def prompt(text):
+            def decorator(function):
+                function.prompt = text
+                return function
+            return decorator
+        @prompt("old")
+        def helper(): ...
+        def node(state):
+            return helper.prompt
+    """,
+    "an attribute of a captured function": """
+        def make(prompt):
+            def helper(): ...
+            helper.prompt = prompt
+            return lambda state: helper.prompt
+        node = make("old")
+    """,
+    "an attribute of a partial function": """
+        from functools import partial
+        node = partial(lambda state: node.prompt)
+        node.prompt = "old"
+    """,
+    "an attribute of a function with a cache": """
+        from functools import lru_cache
+        @lru_cache
+        def helper(): ...
+        helper.prompt = "old"
+        def node(state):
+            return helper.prompt
+    """,
+    "an attribute that the code binds anew on a function": """
+        def node(state):
+            node.model = node.model or "default"
+            return node.model
+        node.model = "old"
+    """,
+}
+
+ENUMS = {
+    "a dunder": """
+        def __str__(self):
+            return "old"
+    """,
+    "a format": """
+        def __format__(self, spec):
+            return "old"
+    """,
+    "a private method": """
+        def _shown(self):
+            return "old"
+    """,
+    "a class method": """
+        @classmethod
+        def show(cls):
+            return "old"
+    """,
+    "a static method": """
+        @staticmethod
+        def show():
+            return "old"
+    """,
+    "a way to find members": """
+        @classmethod
+        def _missing_(cls, value):
+            return "old"
+    """,
+    "a cached property": """
+        @cached_property
+        def shown(self):
+            return "old"
+    """,
+    "an initializer": """
+        def __init__(self, *value):
+            self.prompt = "old"
+    """,
+    "a member's attribute": """
+        B = 2, "old"
+        def __new__(cls, value, prompt=""):
+            made = object.__new__(cls)
+            made._value_ = value
+            made.prompt = prompt
+            return made
+    """,
+}
+ENUMS = {
+    name: "import enum\nfrom functools import cached_property\nclass E(enum.Enum):\n    A = 1\n"
+    + textwrap.indent(textwrap.dedent(body), "    ")
+    + "value = E.A\n"
+    for name, body in ENUMS.items()
+}
+EDITED |= {f"{name} of an enum": f"{s}def node(state): return E(2)" for name, s in ENUMS.items()}
+
+SUBCLASSES = {
+    "an event": """
+        import threading
+        class Own(threading.Event):
+            def __init__(self, k):
+                super().__init__()
+                self.k = k
+        def node(state, own=Own("old")):
+            return own.k
+    """,
+    "an executor's method": """
+        from concurrent.futures import Executor
+        class Own(Executor):
+            def submit(self, call, *args):
+                return "old"
+        def node(state, own=Own()):
+            return own.submit(print)
+    """,
+    "a queue": """
+        import queue
+        class Own(queue.Queue):
+            prompt = "old"
+        OWN = Own()
+        def node(state):
+            return OWN.prompt
+    """,
+    "a logger": """
+        import logging
+        class Own(logging.Logger):
+            def __init__(self, name, prompt):
+                super().__init__(name)
+                self.client, self.prompt = iter(()), prompt
+        def node(state, own=Own("a", "old")):
+            return own.prompt
+    """,
+    "what each thread has": """
+        import threading
+        class Own(threading.local):
+            k = "old"
+        def node(state, own=Own()):
+            return own.k
+    """,
+}
+EDITED |= {f"{name} of the user's": source for name, source in SUBCLASSES.items()}
+
 CLIENT = """
         class Client:
             def __init__(self):
@@ -1477,6 +1828,60 @@ def test_an_edit_of_what_is_only_looked_at_changes_the_node(
     assert prints[0] == prints[1] != prints[2]
 
 
+_FIELDS = """
+        from pydantic import AliasChoices, BaseModel, Field, computed_field, create_model
+        from pydantic.dataclasses import dataclass as checked
+        from dataclasses import dataclass, field
+        from typing import Annotated
+"""
+# each without what stands in <>, and with it
+FIELDS = {
+    "exclude": "class M(BaseModel):\n    x: str = Field(''<, exclude=True>)",
+    "repr": "class M(BaseModel):\n    x: str = Field(''<, repr=False>)",
+    "alias to validate": "class M(BaseModel):\n    x: str = Field(''<, validation_alias='y'>)",
+    "aliases to validate": (
+        "class M(BaseModel):\n    x: str = Field('', validation_alias=AliasChoices('x'<, 'y'>))"
+    ),
+    "alias to serialize": "class M(BaseModel):\n    x: str = Field(''<, serialization_alias='y'>)",
+    "validate_default": "class M(BaseModel):\n    x: int = Field('1'<, validate_default=True>)",
+    "frozen": "class M(BaseModel):\n    x: str = Field(''<, frozen=True>)",
+    "annotation": (
+        "class M(BaseModel):\n    x: Annotated[str, Field(title='a'<, exclude=True>)] = ''"
+    ),
+    "pattern": "class M(BaseModel):\n    x: str = Field('', pattern='a<b>')",
+    "made by a call": "M = create_model('M', x=(str, Field(''<, exclude=True>)))",
+    "of a checked dataclass": "@checked\nclass M:\n    x: str = Field(''<, repr=False>)",
+    "computed": (
+        "class M(BaseModel):\n    @computed_field(return_type=str<, alias='y'>)\n    @property\n"
+        "    def x(self): return ''"
+    ),
+    "of a dataclass: repr": "@dataclass\nclass M:\n    x: str = field(default=''<, repr=False>)",
+    "of a dataclass: compare": (
+        "@dataclass\nclass M:\n    x: str = field(default=''<, compare=False>)"
+    ),
+    "of a dataclass: metadata": (
+        "@dataclass\nclass M:\n    x: str = field(default=''<, metadata={'y': 1}>)"
+    ),
+    "all of a dataclass: eq": "@dataclass(<eq=False>)\nclass M:\n    x: str = ''",
+    "all of a dataclass: repr": "@dataclass(<repr=False>)\nclass M:\n    x: str = ''",
+    "all of a dataclass: order": "@dataclass(<order=True>)\nclass M:\n    x: str = ''",
+}
+
+
+@pytest.mark.parametrize("source", FIELDS.values(), ids=FIELDS)
+def test_what_is_said_of_a_field_counts(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """What a model or a dataclass shows, takes and compares is part of it, also in the input."""
+    told = re.sub("[<>]", "", source)
+    codes, inputs = [], []
+    for body in (re.sub("<.*>", "", source), told, told):
+        text = textwrap.dedent(_FIELDS) + body + "\ndef node(state):\n    return M()\n"
+        module = module_of(monkeypatch, text)
+        codes.append(fingerprint(module.node))
+        inputs.append(Classes(double)(module.M))
+    assert codes[0] != codes[1] == codes[2]
+    assert inputs[0] != inputs[1] == inputs[2]
+
+
 def test_docstrings_of_what_is_only_called_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a helper, a method and a bound argument they are comments, whatever goes into a call."""
     source = """
@@ -1576,6 +1981,7 @@ STATES = {
         value = Docs(["a"])
     """,
 }
+STATES |= {f"{name} of an enum": source for name, source in ENUMS.items()}
 
 
 class Asked(TypedDict, total=False):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 APP = {
@@ -132,9 +133,9 @@ for expression in {expressions!r}:
 class Packages:
     """A directory of packages that can be edited and looked at from a fresh process."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: Mapping[str, str] = APP) -> None:
         self.directory = directory
-        for name, text in APP.items():
+        for name, text in files.items():
             self.write(name, textwrap.dedent(text).lstrip("\n"))
 
     def write(self, name: str, text: str) -> None:
