@@ -10,15 +10,15 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from types import CodeType, TracebackType
 from typing import Any, Generic, TypeVar
 
+from langgraph_perf._progress import Heartbeat, beating
 from langgraph_perf._validate import describe, function
 from langgraph_perf.errors import ConfigurationError, LeaseError, PoolClosed
-from langgraph_perf.resources import _lease, _lifecycle, _offload
-from langgraph_perf.resources._lease import Heartbeat, taken_at
+from langgraph_perf.resources import _lifecycle, _offload
+from langgraph_perf.resources._lease import taken_at
 from langgraph_perf.resources._stats import ResourceStats
 from langgraph_perf.resources._turns import Turns
 from langgraph_perf.resources._work import in_background, off_loop, start_on
@@ -265,7 +265,7 @@ class AsyncContextLease(_BaseContextLease[T]):
         began = time.monotonic()
         manager: Any = None if resource.only_sync else resource.make()
         self._async = hasattr(type(manager), "__aenter__")
-        with _beating(self._heartbeat):
+        with beating(self._heartbeat):
             if self._async:
                 value = await manager.__aenter__()
             elif manager is None or hasattr(type(manager), "__enter__"):
@@ -347,30 +347,6 @@ async def _aexit_quietly(owner: str, manager: Any) -> None:
         await manager.__aexit__(None, None, None)
     except Exception as exc:
         logger.warning("%s: leaving the context manager failed: %r", owner, exc)
-
-
-@contextmanager
-def _beating(heartbeat: Heartbeat | None) -> Iterator[None]:
-    """Call ``heartbeat`` about once a second while the driver makes its caller wait."""
-    if heartbeat is None:
-        yield
-        return
-    loop = asyncio.get_running_loop()
-
-    timers: list[asyncio.TimerHandle] = []
-
-    def schedule() -> None:
-        timers[:] = [loop.call_later(_lease.LOOK_AGAIN_SECONDS, beat)]
-
-    def beat() -> None:
-        schedule()
-        heartbeat()
-
-    schedule()
-    try:
-        yield
-    finally:
-        timers[0].cancel()
 
 
 def _only_async(owner: str, factory: Callable[[], Any]) -> bool:

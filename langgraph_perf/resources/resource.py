@@ -9,11 +9,12 @@ from collections.abc import Hashable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, ClassVar, Generic, TypeVar
 
+from langgraph_perf._progress import Heartbeat
 from langgraph_perf._validate import describe, seconds
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.resources._core import Core
 from langgraph_perf.resources._entry import UNUSED
-from langgraph_perf.resources._lease import AsyncLease, Heartbeat, Lease
+from langgraph_perf.resources._lease import AsyncLease, Lease
 from langgraph_perf.resources._stats import ResourceStats
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ class Resource(ABC, Generic[T]):
                 calling thread does itself (load its object, check it, close the one that makes
                 room) cannot be interrupted, so the lease is then granted late. Whoever waits for
                 another thread to do so leaves on time. ``FromContext`` ignores it.
-            heartbeat: called about once a second while waiting.
+            heartbeat: called some twenty times a second while waiting.
 
         Raises:
             ConfigurationError: the resource needs an event loop, or ``key`` does not fit it.
