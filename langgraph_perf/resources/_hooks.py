@@ -59,6 +59,7 @@ class Hooks:
         self.reset = self._seen_through("reset", reset)
         self.close = self._seen_through("close", close)
         self._said_that_a_loop_stands_still = False
+        self._said_that_a_check_raised = False
         self.async_create = is_async(create)
         self.async_check = is_async(check)
         self.async_reset = is_async(reset)
@@ -100,6 +101,14 @@ class Hooks:
     def log_failed_close(self, exc: BaseException) -> None:
         """A failing close never fails whoever happened to cause it."""
         logger.warning("%s: close failed, the object is dropped: %r", self.owner, exc)
+
+    def log_failed_check(self, exc: BaseException) -> None:
+        """Say, once, that a check raised: if each does, no object is ever used again."""
+        if not self._said_that_a_check_raised:
+            self._said_that_a_check_raised = True
+            logger.warning(
+                "%s: check failed, the object is replaced (not said again): %r", self.owner, exc
+            )
 
     def log_blocked_loop(self) -> None:
         """Say, once, that a thread waits which runs an event loop."""

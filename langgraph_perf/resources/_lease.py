@@ -359,7 +359,8 @@ def _passes(hooks: Hooks, entry: Entry) -> bool:
         return passed(hooks.check(entry.obj))
     except ConfigurationError:
         raise  # a mistake in the program, which one new object after another would hide
-    except (Exception, asyncio.CancelledError):
+    except (Exception, asyncio.CancelledError) as exc:
+        hooks.log_failed_check(exc)
         return False
 
 
@@ -367,7 +368,8 @@ async def _apasses(hooks: Hooks, entry: Entry) -> bool:
     assert hooks.check is not None
     try:
         return passed(await hooks.check(entry.obj))
-    except Exception:
+    except Exception as exc:
+        hooks.log_failed_check(exc)
         return False
 
 

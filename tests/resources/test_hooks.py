@@ -152,6 +152,25 @@ def test_resets_and_closes_that_hide_a_coroutine_are_reported(
     check_at_rest(pool)
 
 
+@pytest.mark.parametrize("kind", ["check", "acheck"])
+async def test_a_check_that_raises_is_reported_once(
+    watch: Watch, maker: Maker, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """A mistake in it would make each lease wait for a new object, without a word."""
+    pool = watch(Pool(maker.create, check=getattr(maker, kind)))
+    pool.be_called("db")
+    answers: list[object] = [False, NameError("nobody"), NameError("nobody"), None]
+    maker.bad_checks.extend(answers)
+    with caplog.at_level(logging.WARNING, "langgraph_perf"):
+        for number in [0, 1, 2, 3, 3]:
+            async with pool.alease() as thing:
+                assert thing.number == number
+            assert len(told(caplog)) == (0 if number < 2 else 1)
+    (record,) = told(caplog)
+    assert record.getMessage().startswith("Pool 'db': check failed")
+    assert "NameError('nobody')" in record.getMessage()
+
+
 async def test_a_plain_lease_that_waits_on_a_loop_is_warned_about(
     watch: Watch, maker: Maker, caplog: pytest.LogCaptureFixture, impatient: None
 ) -> None:
