@@ -33,6 +33,7 @@ from langgraph_perf.resources._entry import (
 from langgraph_perf.resources._hooks import Hooks, passed
 from langgraph_perf.resources._waiters import TaskWaiter, ThreadWaiter, Waiter
 from langgraph_perf.resources._work import end_load, load, load_soon, off_loop, running_loop, spawn
+from langgraph_perf.resources._wrong_with import OnlyAsync, OnlySync
 
 T = TypeVar("T")
 
@@ -129,7 +130,7 @@ class BaseLease(Generic[T]):
             return entry.obj
 
 
-class Lease(BaseLease[T]):
+class Lease(OnlySync, BaseLease[T]):
     """A lease for ``with``: gives the object, and gives it back on the way out."""
 
     __slots__ = ()
@@ -211,7 +212,7 @@ class Lease(BaseLease[T]):
             self.core.spoil(waiter)
 
 
-class AsyncLease(BaseLease[T]):
+class AsyncLease(OnlyAsync, BaseLease[T]):
     """A lease for ``async with``: gives the object, and gives it back on the way out."""
 
     __slots__ = ()

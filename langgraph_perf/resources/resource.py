@@ -37,7 +37,7 @@ class Resource(ABC, Generic[T]):
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
-        self._named = False
+        self._name = ""
         self.order = next(_order)
 
     @property
@@ -116,8 +116,8 @@ class Resource(ABC, Generic[T]):
 
     def be_called(self, name: str) -> None:
         """Make messages speak of ``name``, unless it has been given a name before."""
-        if not self._named:
-            self._named = True
+        if not self._name:
+            self._name = name
             self._rename(f"{type(self).__name__} {name!r}")
 
     def _rename(self, owner: str) -> None:
