@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from langgraph_perf._call import steps
 from langgraph_perf._flight import AsyncWaiter, SyncWaiter, held_flights
 from langgraph_perf._gathering import gathering_in
 from langgraph_perf._patience import waiting
+from langgraph_perf._progress import NO_HEARTBEAT, beat_seconds, beating
 from langgraph_perf._steps import (
     Acquire,
     Call,
@@ -52,10 +54,7 @@ class Caller(NamedTuple):
     uses_executor: bool = False
 
 
-def _no_heartbeat() -> None: ...
-
-
-NOBODY = Caller(_no_heartbeat)
+NOBODY = Caller(NO_HEARTBEAT)
 
 
 def drive(
@@ -106,8 +105,7 @@ def perform(step: Step, call: Call, body: Callable[[], Ran], caller: Caller) -> 
     if type(step) is Revalidate:
         return step.how(step.call, False)
     assert type(step) is Pause
-    caller.heartbeat()
-    return backend.pause(step.key, step.seconds)
+    return _pause(backend, step, caller.heartbeat)
 
 
 _QUESTIONS = frozenset((Read, Tokens, Write, Acquire, Release))
@@ -125,6 +123,18 @@ def _ask(backend: Backend, step: Step) -> Any:
         return backend.acquire(step.key)
     assert type(step) is Release
     return backend.release(step.lease)
+
+
+def _pause(backend: Backend, step: Pause, heartbeat: Callable[[], None]) -> None:
+    ends = time.monotonic() + step.seconds
+    while True:
+        heartbeat()
+        began = time.monotonic()
+        seconds = min(beat_seconds(heartbeat), ends - began)
+        backend.pause(step.key, seconds)
+        now = time.monotonic()
+        if now >= ends or now - began < seconds:
+            return  # the lease is free before its time
 
 
 async def adrive(
@@ -183,7 +193,8 @@ async def aperform(
         return step.how(step.call, True)
     assert type(step) is Pause
     caller.heartbeat()
-    return await backend.apause(step.key, step.seconds)
+    with beating(caller.heartbeat):
+        return await backend.apause(step.key, step.seconds)
 
 
 async def _aask(backend: Backend, step: Step) -> Any:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from langgraph_perf._progress import beat_seconds, beating
 from langgraph_perf.caches.base import Entry
 
 
@@ -82,9 +83,9 @@ class SyncWaiter:
         return True
 
     def wait(self, heartbeat: Callable[[], None]) -> Outcome | None:
-        """Block until there is an outcome or patience ends; reports progress every second."""
+        """Block until there is an outcome or patience ends; reports progress meanwhile."""
         ends = time.monotonic() + self.patience
-        while not self._event.wait(min(1.0, self.patience)):
+        while not self._event.wait(min(1.0, beat_seconds(heartbeat), self.patience)):
             heartbeat()
             if time.monotonic() >= ends:
                 break
@@ -113,13 +114,10 @@ class AsyncWaiter:
             self._woken.set_result(None)
 
     async def wait(self, heartbeat: Callable[[], None]) -> Outcome | None:
-        """Wait until there is an outcome or patience ends; reports progress every second."""
-        ends = time.monotonic() + self.patience
-        while not self._woken.done():
-            await asyncio.wait((self._woken,), timeout=min(1.0, self.patience))
-            heartbeat()
-            if time.monotonic() >= ends:
-                break
+        """Wait until there is an outcome or patience ends; reports progress meanwhile."""
+        with beating(heartbeat):
+            await asyncio.wait((self._woken,), timeout=self.patience)
+        heartbeat()
         return self.outcome
 
 

@@ -84,6 +84,10 @@ class PooledCheckpointer(BaseCheckpointSaver[Any]):
     server is away, the error of making a saver is raised. For other signs of a dead connection give
     the resource a ``check``.
 
+    ``graph.perf.close()`` does not close it: whoever made it does, by ``close`` or, for savers that
+    need an event loop, ``await checkpointer.aclose()``. Until then aiosqlite's threads keep a
+    process alive.
+
     What is cancelled while it uses an async saver closes that one; a sync saver finishes what it
     does before it is leased again.
 

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import fields
 from datetime import timedelta
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Generic, cast
@@ -80,9 +81,10 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
 
         Raises:
             ConfigurationError: ``cache_policy`` is not a policy, ``resources`` asks for parameters
-                the node does not have, or either names a field that its input does not have.
+                the node does not have, or either names a field that its input does not have; there
+                is no such argument.
         """
-        _refuse_typos(node, kwargs)
+        _refuse_unknown("add_node", kwargs, node)
         uses = parse_resources(node, action, resources)
         before = set(self.nodes)
         given: dict[str, Any] = {
@@ -118,8 +120,9 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         """Like LangGraph's ``set_node_defaults``.
 
         Raises:
-            ConfigurationError: ``cache_policy`` is not a policy.
+            ConfigurationError: ``cache_policy`` is not a policy, or there is no such argument.
         """
+        _refuse_unknown("set_node_defaults", kwargs)
         super().set_node_defaults(
             retry_policy=retry_policy,
             cache_policy=_checked(cache_policy, "set_node_defaults(cache_policy=)"),
@@ -149,8 +152,10 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
 
         Raises:
             ConfigurationError: ``cache`` is no cache, or lacks what a policy asks of it;
-                ``resources`` lacks what a node asks for, or has it in a form it cannot use.
+                ``resources`` lacks what a node asks for, or has it in a form it cannot use; there
+                is no such argument.
         """
+        _refuse_unknown("compile", kwargs)
         if cache is not None and not isinstance(cache, BaseCache):
             raise ConfigurationError(
                 f"compile(cache=): got {cache!r:.200}; accepted: MemoryCache(...), "
@@ -292,16 +297,37 @@ class StateGraph(LangGraphStateGraph[StateT, ContextT, InputT, OutputT]):
         return Allowlist.of(*found)
 
 
-def _refuse_typos(node: Any, kwargs: Mapping[str, Any]) -> None:
-    """LangGraph takes any keyword argument, and leaves what it does not know unread."""
-    for name in kwargs.keys() - inspect.signature(LangGraphStateGraph.add_node).parameters.keys():
-        meant = get_close_matches(name, ["cache_policy", "resources"], 1, 0.75)
-        if meant or name in ("cache", "policy"):
-            given = node if isinstance(node, str) else "..."
-            raise ConfigurationError(
-                f"add_node({given!r}, {name}=): there is no such argument; did you mean "
-                f"{(meant or ['cache_policy'])[0]!r}?"
-            )
+_POLICY_FIELDS = frozenset(field.name for field in fields(CachePolicy))
+_ALSO_TAKEN = {"add_node": ("input", "retry")}
+"""Deprecated names of arguments, which LangGraph still takes without naming them."""
+_ALSO_CALLED = dict.fromkeys(("cache", "policy"), "cache_policy")
+
+
+def _refuse_unknown(method: str, kwargs: Mapping[str, Any], node: Any = None) -> None:
+    """LangGraph's ``add_node`` takes any keyword argument, and leaves what it does not know unread;
+    what its other methods raise names nothing that they accept."""
+    if not kwargs:
+        return
+    theirs = _keywords(LangGraphStateGraph, method)
+    known = _keywords(StateGraph, method) | theirs
+    for name in kwargs:
+        if name in theirs or name in _ALSO_TAKEN.get(method, ()):
+            continue
+        also = _ALSO_CALLED.get(name, "")
+        meant = [also] if also in known else get_close_matches(name, sorted(known), 1)
+        if name in _POLICY_FIELDS and "cache_policy" in known:
+            hint = f"it belongs in cache_policy=CachePolicy({name}=...)"
+        else:
+            hint = f"did you mean {meant[0]}=? " if meant else ""
+            hint += f"accepted: {', '.join(f'{each}=' for each in sorted(known))}"
+        given = "" if node is None else f"{node if isinstance(node, str) else '...'!r}, "
+        raise ConfigurationError(f"{method}({given}{name}=): there is no such argument; {hint}")
+
+
+def _keywords(cls: type, method: str) -> set[str]:
+    """What ``method`` of ``cls`` can be given by name."""
+    parameters = inspect.signature(getattr(cls, method)).parameters.values()
+    return {each.name for each in parameters if each.kind is not each.VAR_KEYWORD} - {"self"}
 
 
 def _remembers(graphs: Sequence[Any]) -> bool:

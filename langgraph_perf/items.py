@@ -34,6 +34,7 @@ from langgraph_perf._sealing import Seal
 from langgraph_perf._steps import Call, Done, Raised, Ran
 from langgraph_perf._watch import Watch, current_config
 from langgraph_perf.caches.base import TEMPLATE, Entry, Lookup, tag_id
+from langgraph_perf.codec import DecodeError, EncodeError
 from langgraph_perf.errors import CacheMiss, ConfigurationError
 from langgraph_perf.policy import CacheControl, narrowest_scope, seconds, shortest
 from langgraph_perf.stats import NodeCounters
@@ -338,6 +339,10 @@ def _awaitable(where: str, value: Awaitable[T]) -> Awaitable[T]:
 
 
 def _require_keys(keys: object) -> None:
+    if not hasattr(keys, "__iter__") and not hasattr(keys, "__getitem__"):
+        raise ConfigurationError(
+            f"get_or_set_many(keys): got {keys!r:.100}; accepted: a list of keys"
+        )
     if isinstance(keys, str | bytes):
         raise ConfigurationError(
             f"get_or_set_many(keys): got {keys!r:.100}; accepted: a list of keys; did you mean "
@@ -453,8 +458,23 @@ class _Batch:
             self._put(call, each.value)
 
     def _put(self, call: Call, value: Any) -> None:
-        for position in self._places[call.key]:
-            self.values[position] = value
+        first, *again = self._places[call.key]
+        self.values[first] = value
+        if again:
+            copied = _copies(call, value)
+            for position in again:
+                self.values[position] = copied()
+
+
+def _copies(call: Call, value: Any) -> Callable[[], Any]:
+    """Gives, each time, what one more call for the same key would get; ``value`` itself where it
+    cannot be stored."""
+    try:
+        payload = call.dump(value)
+        call.load(payload)
+    except (EncodeError, DecodeError):
+        return lambda: value
+    return lambda: call.load(payload)
 
 
 def _store_all(value: Any) -> None:

@@ -339,6 +339,38 @@ async def test_what_computes_must_be_callable() -> None:
             await getattr(get_cache("x"), f"a{name}")(["k"], given)
 
 
+@pytest.mark.parametrize("keys", [5, None])
+def test_what_is_no_list_of_keys_is_refused(keys: Any) -> None:
+    """With what is accepted."""
+    with pytest.raises(ConfigurationError, match=f"got {keys}; accepted: a list of keys"):
+        get_cache("x").get_or_set_many(keys, list)
+
+
+def test_the_same_key_twice_gives_values_of_their_own() -> None:
+    """As two calls would get: who changes one does not change the other."""
+
+    def twice() -> list[list[int]]:
+        return get_cache("x").get_or_set_many(["q", "q", "q"], lambda keys: [[1]])
+
+    with MemoryCache() as cache:
+        for _ in range(2):  # computed, then stored
+            first, *others = inside(cache, twice)
+            first.append(2)
+            others[0].append(3)
+            assert (first, others) == ([1, 2], [[1, 3], [1]])
+
+
+def test_the_same_key_twice_of_what_cannot_be_stored() -> None:
+    """There is only the one value that was computed."""
+    lock = threading.Lock()
+
+    def twice() -> list[Any]:
+        return get_cache("x").get_or_set_many(["q", "q"], lambda keys: [lock])
+
+    with MemoryCache() as cache:
+        assert inside(cache, twice) == [lock, lock]
+
+
 def test_tags_of_items_are_no_templates() -> None:
     """Nothing would be filled in, and no invalidation would reach the item."""
     with MemoryCache() as cache, pytest.raises(ConfigurationError, match="no fields to fill in"):

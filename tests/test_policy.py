@@ -6,6 +6,7 @@ import asyncio
 import copy
 import dataclasses
 import inspect
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +17,7 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import START
 from langgraph.graph import StateGraph as LangGraphStateGraph
 from langgraph.types import CachePolicy as LangGraphPolicy
+from langgraph.types import RetryPolicy
 from typing_extensions import TypedDict
 
 from langgraph_perf import (
@@ -274,9 +276,46 @@ def test_misspelt_arguments_of_add_node_are_refused(name: str) -> None:
         StateGraph(State).add_node("node", lambda state: {}, **{name: None})
 
 
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(CachePolicy)])
+def test_fields_of_a_policy_are_no_arguments_of_add_node(name: str) -> None:
+    """LangGraph would take them too, and the node would run uncached, or for ever unchanged."""
+    belongs = re.escape(f"{name}=): there is no such argument; it belongs in cache_policy=")
+    with pytest.raises(ConfigurationError, match=belongs):
+        StateGraph(State).add_node("node", lambda state: {}, **{name: None})
+    with pytest.raises(ConfigurationError, match=belongs):
+        StateGraph(State).set_node_defaults(**{name: None})
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "hint"),
+    [
+        ("add_node", "nonsense", "accepted: .*cache_policy=, .*timeout="),
+        ("set_node_defaults", "cache", "did you mean cache_policy="),
+        ("compile", "cach", "did you mean cache="),
+        ("compile", "resource", "did you mean resources="),
+        ("compile", "ttl", "accepted: cache=, "),
+    ],
+)
+def test_arguments_that_nobody_knows_are_refused(method: str, name: str, hint: str) -> None:
+    """With what there is instead."""
+    builder = StateGraph(State).add_node("node", lambda state: {}).add_edge(START, "node")
+    given = ("other", lambda state: {}) if method == "add_node" else ()
+    with pytest.raises(ConfigurationError, match=f"{method}.*{name}=.*{hint}"):
+        getattr(builder, method)(*given, **{name: None})
+
+
+def test_deprecated_arguments_of_langgraph_go_on_working() -> None:
+    """``add_node`` takes them without naming them."""
+    builder = StateGraph(State)
+    for name, value in {"retry": RetryPolicy(), "input": State}.items():
+        with pytest.warns(DeprecationWarning, match=name):
+            builder.add_node(name, lambda state: {}, **{name: value})
+    assert builder.nodes["retry"].retry_policy == RetryPolicy()
+
+
 def test_arguments_that_only_langgraph_knows_are_handed_on() -> None:
     """Later releases may have more of them, with names like ours."""
-    known = inspect.signature(LangGraphStateGraph.add_node).parameters.keys()
+    known = inspect.signature(LangGraphStateGraph.add_node).parameters.keys() - {"kwargs"}
     ours = inspect.signature(StateGraph.add_node).parameters.keys()
     for name in known - ours:
         StateGraph(State).add_node("node", lambda state: {}, **{name: None})

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langgraph._internal._constants import CONFIG_KEY_RUNTIME
 from langgraph.errors import NodeTimeoutError
 from langgraph.graph import START
 from langgraph.pregel import _retry
+from langgraph.runtime import Runtime
 from langgraph.types import RetryPolicy, TimeoutPolicy
 from typing_extensions import TypedDict
 
@@ -387,6 +389,65 @@ async def test_a_follower_reports_progress_while_it_waits(
         release.set()
         assert await leading == await following == {"query": "q", "answer": "done"}
     assert runs == [1]
+
+
+class Told(DiskCache):
+    """A cache that claims to say when a lease is free, so that it is asked once a second."""
+
+    notifies = True
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+async def test_a_follower_reports_often(where: str, tmp_path: Path, idle_clock: IdleClock) -> None:
+    """So that an ``idle_timeout`` of a fraction of a second does not end its wait."""
+    release = asyncio.Event()
+
+    async def node(state: State) -> State:
+        await release.wait()
+        return {"answer": "done"}
+
+    timeout = TimeoutPolicy(idle_timeout=60, refresh_on="heartbeat")
+    with Told(tmp_path / "cache") as cache, Told(tmp_path / "cache") as other:
+        leading = asyncio.create_task(build(node, cache).ainvoke({"query": "q"}))
+        await auntil(lambda: len(Backend.of(cache).flights) == 1)
+        graph = build(node, cache if where == "here" else other, timeout=timeout)
+        following = asyncio.create_task(graph.ainvoke({"query": "q"}))
+        await auntil(lambda: idle_clock.reports > 0)
+        began = time.monotonic()
+        await auntil(lambda: idle_clock.reports > 10)
+        took = time.monotonic() - began
+        release.set()
+        assert await leading == await following == {"query": "q", "answer": "done"}
+    assert took < 5
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_a_thread_that_follows_reports_often(where: str, tmp_path: Path) -> None:
+    """Like a task; it may serve a node that has an ``idle_timeout``."""
+    release = threading.Event()
+    beats: list[int] = []
+
+    def node(state: State) -> State:
+        release.wait(30)
+        return {"answer": "done"}
+
+    config = {"configurable": {CONFIG_KEY_RUNTIME: Runtime(heartbeat=lambda: beats.append(1))}}
+    with (
+        Told(tmp_path / "cache") as cache,
+        Told(tmp_path / "cache") as other,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        leading = pool.submit(build(node, cache).invoke, {"query": "q"})
+        until(lambda: len(Backend.of(cache).flights) == 1)
+        graph = build(node, cache if where == "here" else other)
+        following = pool.submit(graph.invoke, {"query": "q"}, config)
+        until(lambda: len(beats) > 0)
+        began = time.monotonic()
+        until(lambda: len(beats) > 10)
+        took = time.monotonic() - began
+        release.set()
+        assert leading.result() == following.result() == {"query": "q", "answer": "done"}
+    assert took < 5
 
 
 async def test_a_body_that_reports_nothing_is_idle(

@@ -17,11 +17,12 @@ except ModuleNotFoundError as exc:  # pragma: no cover - tested in a process wit
 
 import asyncio
 import re
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from langgraph.cache.base import FullKey, Namespace
@@ -36,7 +37,7 @@ from langgraph_perf.caches._redis_listener import Listener
 from langgraph_perf.caches._redis_steps import RedisSteps, Steps
 from langgraph_perf.caches._redis_view import TagView
 from langgraph_perf.caches.base import CacheStats, Entry, Lease, Lookup, require_seconds
-from langgraph_perf.errors import ConfigurationError
+from langgraph_perf.errors import CacheClosed, ConfigurationError
 
 T = TypeVar("T")
 
@@ -185,7 +186,8 @@ class RedisCache(RedisSteps):
             redis.RedisError: the server cannot be reached, say: some or all of it is still there.
             CacheClosed: this cache is closed.
         """
-        self._settle(self._do(self._clearing(namespaces), at_once=False))
+        with _noting("clear"):
+            self._settle(self._do(self._clearing(namespaces), at_once=False))
 
     async def aread(self, lookups: Sequence[Lookup]) -> list[Entry | None]:
         """Like ``read``, without blocking the event loop."""
@@ -221,7 +223,8 @@ class RedisCache(RedisSteps):
 
     async def aclear(self, namespaces: Sequence[Namespace] | None = None) -> None:
         """Like ``clear``, without blocking the event loop."""
-        await self._asettle(await self._ado(self._clearing(namespaces), at_once=False))
+        with _noting("aclear"):
+            await self._asettle(await self._ado(self._clearing(namespaces), at_once=False))
 
     # -- tags -------------------------------------------------------------------------------------
 
@@ -235,9 +238,10 @@ class RedisCache(RedisSteps):
 
     def drop_tags(self, tags: Sequence[str]) -> None:
         """Forget the tokens of these tag ids; returns when every process does without them."""
-        wait = self._do(self._dropping(tags))
-        self._tally.add(invalidations=len(tags))
-        self._settle(wait)
+        with _noting("invalidate"):
+            wait = self._do(self._dropping(tags))
+            self._tally.add(invalidations=len(tags))
+            self._settle(wait)
 
     async def apeek_tags(self, tags: Collection[str]) -> Mapping[str, str]:
         """Like ``peek_tags``, without blocking the event loop."""
@@ -249,9 +253,10 @@ class RedisCache(RedisSteps):
 
     async def adrop_tags(self, tags: Sequence[str]) -> None:
         """Like ``drop_tags``, without blocking the event loop."""
-        wait = await self._ado(self._dropping(tags))
-        self._tally.add(invalidations=len(tags))
-        await self._asettle(wait)
+        with _noting("ainvalidate"):
+            wait = await self._ado(self._dropping(tags))
+            self._tally.add(invalidations=len(tags))
+            await self._asettle(wait)
 
     def knows(self, deps: Sequence[tuple[str, str]]) -> bool:
         """Whether these tokens are known, without asking the server, to be current."""
@@ -475,6 +480,22 @@ class RedisCache(RedisSteps):
         self._forget_returns()
         self._counting = threading.Lock()
         self._connect()
+
+
+@contextmanager
+def _noting(call: str) -> Iterator[None]:
+    """Say with an error what it leaves undone; it stays redis-py's, for those who catch that."""
+    try:
+        yield
+    except CacheClosed:
+        raise  # which says so itself
+    except Exception as exc:
+        if sys.version_info >= (3, 11):
+            exc.add_note(
+                f"RedisCache.{call}() was not carried out, or not wholly: results that it was to "
+                "remove may be served until it is called again and succeeds"
+            )
+        raise
 
 
 async def _heard(event: asyncio.Event, seconds: float) -> bool:

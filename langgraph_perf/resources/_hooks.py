@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from typing import Any
 
 from langgraph_perf._validate import describe, function
@@ -59,6 +60,7 @@ class Hooks:
         self.reset = self._seen_through("reset", reset)
         self.close = self._seen_through("close", close)
         self._said_that_a_loop_stands_still = False
+        self._said_that_a_check_raised = False
         self.async_create = is_async(create)
         self.async_check = is_async(check)
         self.async_reset = is_async(reset)
@@ -81,17 +83,29 @@ class Hooks:
         return made
 
     def _seen_through(self, field: str, hook: Hook | None) -> Hook | None:
-        """``hook``, raising ``ConfigurationError`` when it gives a coroutine that nobody awaits."""
+        """``hook``, raising ``ConfigurationError`` when it gives a coroutine that nobody awaits.
+
+        Where there is an event loop to await it on, what a ``close`` gives is awaited: by then it
+        is too late to ask for another function.
+        """
         if hook is None or is_async(hook):
             return hook
         hooks = weakref.ref(self)  # a cycle would put off the end of a dropped resource
 
         def call(obj: Any) -> Any:
             answer = hook(obj)
-            _refuse_coroutine(getattr(hooks(), "owner", "a resource"), field, hook, answer)
+            known = hooks()
+            if field != "close" or known is None or not known.needs_loop:
+                _refuse_coroutine(getattr(known, "owner", "a resource"), field, hook, answer)
             return answer
 
         return call
+
+    def closing_with(self, answer: Awaitable[object]) -> Hooks:
+        """These, with ``answer`` to await in the place of ``close``, which gave it."""
+        rest = copy.copy(self)
+        rest.close, rest.async_close = (lambda obj: answer), True
+        return rest
 
     def log_failed_reset(self, exc: BaseException) -> None:
         """What was done with the object is over: its user must not see the error."""
@@ -100,6 +114,14 @@ class Hooks:
     def log_failed_close(self, exc: BaseException) -> None:
         """A failing close never fails whoever happened to cause it."""
         logger.warning("%s: close failed, the object is dropped: %r", self.owner, exc)
+
+    def log_failed_check(self, exc: BaseException) -> None:
+        """Say, once, that a check raised: if each does, no object is ever used again."""
+        if not self._said_that_a_check_raised:
+            self._said_that_a_check_raised = True
+            logger.warning(
+                "%s: check failed, the object is replaced (not said again): %r", self.owner, exc
+            )
 
     def log_blocked_loop(self) -> None:
         """Say, once, that a thread waits which runs an event loop."""

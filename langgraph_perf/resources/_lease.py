@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import sys
+import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from types import CodeType, TracebackType
 from typing import Any, Generic, TypeVar
 
+from langgraph_perf._progress import Heartbeat, beat_seconds
 from langgraph_perf.errors import ConfigurationError, LeaseError
 from langgraph_perf.resources import _offload
 from langgraph_perf.resources._core import Core, Step
@@ -29,15 +31,15 @@ from langgraph_perf.resources._entry import (
     State,
 )
 from langgraph_perf.resources._hooks import Hooks, passed
-from langgraph_perf.resources._waiters import TaskWaiter, ThreadWaiter
+from langgraph_perf.resources._waiters import TaskWaiter, ThreadWaiter, Waiter
 from langgraph_perf.resources._work import end_load, load, load_soon, off_loop, running_loop, spawn
+from langgraph_perf.resources._wrong_with import OnlyAsync, OnlySync
 
 T = TypeVar("T")
-Heartbeat = Callable[[], object]
 
 LOOK_AGAIN_SECONDS = 1.0
-"""How often a waiter looks again without having been woken: to call its heartbeat, and to find what
-an event loop took with it when it was closed."""
+"""How often, at least, a waiter looks again without having been woken: to find what an event loop
+took with it when it was closed."""
 
 _SLOWLY: Any = object()
 
@@ -49,7 +51,7 @@ class BaseLease(Generic[T]):
         key: which object; ``None`` where there are no keys.
         loop: the event loop the object must belong to; ``None`` if any object will do.
         timeout: seconds to wait at most; ``None`` for no limit.
-        heartbeat: called about once a second while waiting.
+        heartbeat: called some twenty times a second while waiting.
         code, at: the place in the program that took the lease, or in words who did (not the frame:
             it would keep its variables alive).
 
@@ -103,6 +105,11 @@ class BaseLease(Generic[T]):
     def leave_slowly(self) -> Any:
         """What ``leave`` gives when it takes more than the fast path."""
 
+    def _nap(self, waiter: Waiter) -> float:
+        """How long ``waiter`` may sleep before it looks again."""
+        left = waiter.deadline - self.core.clock()
+        return max(0.0, min(LOOK_AGAIN_SECONDS, beat_seconds(self.heartbeat), left))
+
     def _begin_entering(self) -> None:
         with self.core.lock:  # another thread may be in the middle of a fast path
             if self.entry is not UNUSED:
@@ -123,7 +130,7 @@ class BaseLease(Generic[T]):
             return entry.obj
 
 
-class Lease(BaseLease[T]):
+class Lease(OnlySync, BaseLease[T]):
     """A lease for ``with``: gives the object, and gives it back on the way out."""
 
     __slots__ = ()
@@ -162,7 +169,7 @@ class Lease(BaseLease[T]):
                 if step is Step.WAIT:
                     if running_loop() is not None:
                         core.hooks.log_blocked_loop()
-                    waiter.wait(_nap(waiter.deadline - core.clock()))
+                    waiter.wait(self._nap(waiter))
                     self._beat(waiter)
                 elif step is Step.LOAD:
                     self._load(waiter)
@@ -192,7 +199,9 @@ class Lease(BaseLease[T]):
         if waiter.entry is None and waiter.error is None:
             if self.heartbeat is not None:
                 self.heartbeat()
-            self.core.look_again()
+            if time.monotonic() - waiter.looked >= LOOK_AGAIN_SECONDS:
+                waiter.looked = time.monotonic()
+                self.core.look_again()
 
     def _check(self, waiter: ThreadWaiter) -> None:
         assert waiter.entry is not None
@@ -203,7 +212,7 @@ class Lease(BaseLease[T]):
             self.core.spoil(waiter)
 
 
-class AsyncLease(BaseLease[T]):
+class AsyncLease(OnlyAsync, BaseLease[T]):
     """A lease for ``async with``: gives the object, and gives it back on the way out."""
 
     __slots__ = ()
@@ -255,7 +264,7 @@ class AsyncLease(BaseLease[T]):
             core.take(waiter)
             while (step := core.advance(waiter)) is not Step.TAKE:
                 if step is Step.WAIT:
-                    await waiter.wait(_nap(waiter.deadline - core.clock()))
+                    await waiter.wait(self._nap(waiter))
                     self._beat(waiter)
                 elif step is Step.LOAD:
                     # in a task of its own: the load goes on when this one is cancelled
@@ -275,7 +284,9 @@ class AsyncLease(BaseLease[T]):
         if waiter.entry is None and waiter.error is None:
             if self.heartbeat is not None:
                 self.heartbeat()
-            self.core.look_again()
+            if time.monotonic() - waiter.looked >= LOOK_AGAIN_SECONDS:
+                waiter.looked = time.monotonic()
+                self.core.look_again()
 
     async def _check(self, waiter: TaskWaiter) -> None:
         assert waiter.entry is not None
@@ -310,8 +321,8 @@ class AsyncLease(BaseLease[T]):
                 job.cancel()
 
         try:
-            while not answer.done() and (left := waiter.deadline - core.clock()) > 0:
-                await asyncio.wait([answer], timeout=_nap(left))
+            while not answer.done() and core.clock() < waiter.deadline:
+                await asyncio.wait([answer], timeout=self._nap(waiter))
                 if self.heartbeat is not None and not answer.done():
                     self.heartbeat()
         except asyncio.CancelledError:
@@ -343,17 +354,14 @@ def _limit(timeout: float | None) -> float:
     return NEVER if timeout is None else timeout
 
 
-def _nap(remaining: float) -> float:
-    return max(0.0, min(LOOK_AGAIN_SECONDS, remaining))
-
-
 def _passes(hooks: Hooks, entry: Entry) -> bool:
     assert hooks.check is not None
     try:
         return passed(hooks.check(entry.obj))
     except ConfigurationError:
         raise  # a mistake in the program, which one new object after another would hide
-    except (Exception, asyncio.CancelledError):
+    except (Exception, asyncio.CancelledError) as exc:
+        hooks.log_failed_check(exc)
         return False
 
 
@@ -361,7 +369,8 @@ async def _apasses(hooks: Hooks, entry: Entry) -> bool:
     assert hooks.check is not None
     try:
         return passed(await hooks.check(entry.obj))
-    except Exception:
+    except Exception as exc:
+        hooks.log_failed_check(exc)
         return False
 
 

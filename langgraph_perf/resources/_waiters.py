@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 
@@ -29,6 +30,7 @@ class Waiter(ABC):
         checked: the object it was handed has passed its check.
         suspect: the check is under way, so the object is in an unknown state.
         gone: it has left; nothing may be handed to it.
+        looked: when it last looked for what closed event loops took with them, in real time.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Waiter(ABC):
         self.checked = False
         self.suspect = False
         self.gone = False
+        self.looked = time.monotonic()
 
     def alive(self) -> bool:
         """Whether it can still take what it waits for."""

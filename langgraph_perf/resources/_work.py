@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -279,10 +280,13 @@ def load_soon(owner: Owner, entry: Entry) -> None:
 
 
 def _close(hooks: Hooks, entry: Entry) -> None:
-    """Run a sync ``close``; one that raises is logged."""
+    """Run a sync ``close``; one that raises is logged, what it gives to await is awaited on the
+    loop of its object."""
     if hooks.close is not None:
         try:
-            hooks.close(entry.obj)
+            answer = hooks.close(entry.obj)
+            if hooks.needs_loop and inspect.isawaitable(answer):
+                close_now(hooks.closing_with(answer), entry, CLOSE_GRACE)
         except (Exception, asyncio.CancelledError) as exc:
             hooks.log_failed_close(exc)
 

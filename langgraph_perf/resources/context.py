@@ -10,18 +10,19 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from types import CodeType, TracebackType
 from typing import Any, Generic, TypeVar
 
+from langgraph_perf._progress import Heartbeat, beating
 from langgraph_perf._validate import describe, function
 from langgraph_perf.errors import ConfigurationError, LeaseError, PoolClosed
-from langgraph_perf.resources import _lease, _lifecycle, _offload
-from langgraph_perf.resources._lease import Heartbeat, taken_at
+from langgraph_perf.resources import _lifecycle, _offload
+from langgraph_perf.resources._lease import taken_at
 from langgraph_perf.resources._stats import ResourceStats
 from langgraph_perf.resources._turns import Turns
 from langgraph_perf.resources._work import in_background, off_loop, start_on
+from langgraph_perf.resources._wrong_with import OnlyAsync, OnlySync, aenters, enters
 from langgraph_perf.resources.resource import Resource, owner_name
 
 T = TypeVar("T")
@@ -224,13 +225,13 @@ class _BaseContextLease(Generic[T]):
         _exit_quietly(self._resource.owner, manager)
 
 
-class ContextLease(_BaseContextLease[T]):
+class ContextLease(OnlySync, _BaseContextLease[T]):
     """One use of a context manager, for ``with``."""
 
     def __enter__(self) -> T:
         self._begin()
         manager = self._resource.make()
-        if not hasattr(type(manager), "__enter__"):
+        if not enters(manager):
             raise self._resource.refuse(
                 manager, "a context manager for 'with' (it is used in a sync node)"
             )
@@ -255,7 +256,7 @@ class ContextLease(_BaseContextLease[T]):
             self._resource.left()
 
 
-class AsyncContextLease(_BaseContextLease[T]):
+class AsyncContextLease(OnlyAsync, _BaseContextLease[T]):
     """One use of a context manager, async or not, for ``async with``."""
 
     async def __aenter__(self) -> T:
@@ -264,11 +265,11 @@ class AsyncContextLease(_BaseContextLease[T]):
         self._home = asyncio.get_running_loop()
         began = time.monotonic()
         manager: Any = None if resource.only_sync else resource.make()
-        self._async = hasattr(type(manager), "__aenter__")
-        with _beating(self._heartbeat):
+        self._async = aenters(manager)
+        with beating(self._heartbeat):
             if self._async:
                 value = await manager.__aenter__()
-            elif manager is None or hasattr(type(manager), "__enter__"):
+            elif manager is None or enters(manager):
                 resource.only_sync = True
                 manager, value = await _enter_off_loop(resource, manager)
             else:
@@ -315,7 +316,7 @@ async def _enter_off_loop(resource: FromContext[Any], made: Any) -> tuple[Any, A
 
     def enter() -> tuple[Any, Any]:
         manager = resource.make() if made is None else made
-        if not hasattr(type(manager), "__enter__"):
+        if not enters(manager):
             raise resource.refuse(manager, "context managers of one kind, for 'with'")
         return manager, manager.__enter__()
 
@@ -347,30 +348,6 @@ async def _aexit_quietly(owner: str, manager: Any) -> None:
         await manager.__aexit__(None, None, None)
     except Exception as exc:
         logger.warning("%s: leaving the context manager failed: %r", owner, exc)
-
-
-@contextmanager
-def _beating(heartbeat: Heartbeat | None) -> Iterator[None]:
-    """Call ``heartbeat`` about once a second while the driver makes its caller wait."""
-    if heartbeat is None:
-        yield
-        return
-    loop = asyncio.get_running_loop()
-
-    timers: list[asyncio.TimerHandle] = []
-
-    def schedule() -> None:
-        timers[:] = [loop.call_later(_lease.LOOK_AGAIN_SECONDS, beat)]
-
-    def beat() -> None:
-        schedule()
-        heartbeat()
-
-    schedule()
-    try:
-        yield
-    finally:
-        timers[0].cancel()
 
 
 def _only_async(owner: str, factory: Callable[[], Any]) -> bool:

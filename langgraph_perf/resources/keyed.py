@@ -79,4 +79,7 @@ class Keyed(CoreResource[T]):
                 f"got {key!r}"
             ) from None
         if key is None:
-            raise ConfigurationError(f"{self.owner}: key must say which object, got None")
+            name = f"{self._name!r}, " if self._name else ""
+            raise ConfigurationError(
+                f"{self.owner}: key must say which object, got None; accepted: lease({name}key)"
+            )

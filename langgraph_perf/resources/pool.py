@@ -34,7 +34,8 @@ class Pool(CoreResource[T]):
         check: called with an object before it is leased again; when it returns false or raises,
             the object is closed and another one made. One that returns ``None`` has passed.
         reset: called with an object when it comes back; when it raises, the object is closed.
-        close: called with an object that is not needed any more.
+        close: called with an object that is not needed any more. What it gives is awaited if
+            another of the functions is known to be async.
 
     If any of the functions is async, objects belong to the event loop that made them, and only
     ``alease`` works. Sync functions run in the calling thread, or off the loop for async callers.

@@ -14,9 +14,9 @@ from types import CodeType, TracebackType
 from typing import Any, NamedTuple
 
 from langgraph_perf._locks import new_lock
+from langgraph_perf._progress import Heartbeat
 from langgraph_perf._validate import seconds
 from langgraph_perf.errors import ConfigurationError, LeaseError
-from langgraph_perf.resources._lease import Heartbeat
 from langgraph_perf.resources._stats import ResourceStats
 from langgraph_perf.resources.pool import Pool
 from langgraph_perf.resources.resource import Resource
@@ -138,7 +138,7 @@ class Registry(Mapping[str, Resource[Any]]):
             wanted: labels and what to lease for them. A ``Want`` names the resource; otherwise the
                 label is its name, and the value the key (``None`` for resources without keys).
             timeout: seconds for all of them together; ``None`` for each resource's own limit.
-            heartbeat: called about once a second while waiting.
+            heartbeat: called some twenty times a second while waiting.
             where: who leases, for the warning about a forgotten lease; default: the calling line.
 
         Raises:

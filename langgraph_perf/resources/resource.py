@@ -9,11 +9,12 @@ from collections.abc import Hashable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, ClassVar, Generic, TypeVar
 
+from langgraph_perf._progress import Heartbeat
 from langgraph_perf._validate import describe, seconds
 from langgraph_perf.errors import ConfigurationError
 from langgraph_perf.resources._core import Core
 from langgraph_perf.resources._entry import UNUSED
-from langgraph_perf.resources._lease import AsyncLease, Heartbeat, Lease
+from langgraph_perf.resources._lease import AsyncLease, Lease
 from langgraph_perf.resources._stats import ResourceStats
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ class Resource(ABC, Generic[T]):
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
-        self._named = False
+        self._name = ""
         self.order = next(_order)
 
     @property
@@ -75,7 +76,7 @@ class Resource(ABC, Generic[T]):
                 calling thread does itself (load its object, check it, close the one that makes
                 room) cannot be interrupted, so the lease is then granted late. Whoever waits for
                 another thread to do so leaves on time. ``FromContext`` ignores it.
-            heartbeat: called about once a second while waiting.
+            heartbeat: called some twenty times a second while waiting.
 
         Raises:
             ConfigurationError: the resource needs an event loop, or ``key`` does not fit it.
@@ -115,8 +116,8 @@ class Resource(ABC, Generic[T]):
 
     def be_called(self, name: str) -> None:
         """Make messages speak of ``name``, unless it has been given a name before."""
-        if not self._named:
-            self._named = True
+        if not self._name:
+            self._name = name
             self._rename(f"{type(self).__name__} {name!r}")
 
     def _rename(self, owner: str) -> None:

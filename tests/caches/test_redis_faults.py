@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -266,6 +267,27 @@ def test_a_server_that_is_away_costs_little_once_that_is_known(
         assert {k: v for k, v in after.items() if k != "skipped"} == {
             k: v for k, v in failures.items() if k != "skipped"
         }
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="errors have no notes")
+@pytest.mark.parametrize("tiers", [False, True], ids=["alone", "tiers"])
+@pytest.mark.parametrize("call", ["invalidate", "clear", "ainvalidate", "aclear"])
+def test_what_is_not_invalidated_is_said_with_the_error(call: str, tiers: bool) -> None:
+    """Which call failed, and that it is to be repeated; the error itself is redis-py's."""
+    server = RedisCache(f"redis://127.0.0.1:{free_port()}", timeout=TIMEOUT)
+    arguments = ["docs"] if "invalidate" in call else []
+    with TieredCache(MemoryCache(), server) if tiers else server as cache:
+
+        async def order() -> None:
+            answer = getattr(cache, call)(*arguments)
+            if answer is not None:
+                await answer
+
+        with pytest.raises(redis.ConnectionError) as raised:
+            asyncio.run(order())
+        (note,) = getattr(raised.value, "__notes__", [])
+        assert f"RedisCache.{call}()" in note
+        assert "until it is called again" in note
 
 
 def test_the_first_tier_goes_on_while_the_server_is_away(own_server: Server) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from langgraph_perf.errors import ConfigurationError, LeaseError, PoolClosed
-from langgraph_perf.resources import FromContext, Pool
+from langgraph_perf.resources import FromContext, Pool, Shared
 from langgraph_perf.resources.context import ENTERING
 
 from .helpers import PATIENCE, auntil, check_at_rest, passes, until
@@ -400,6 +400,31 @@ async def test_heartbeat_is_called_while_the_driver_waits(watch: Watch, impatien
     async with watch(FromContext(connection)).alease(heartbeat=beat):
         pass
     assert len(beats) >= 3
+
+
+@pytest.mark.parametrize("kind", [Pool, Shared, FromContext])
+async def test_the_wrong_with_is_told_the_right_one(kind: Any) -> None:
+    """``with alease()`` and ``async with lease()``, of every kind of resource."""
+    resource = kind(nullcontext)
+    match = r"alease\(\.\.\.\) is for 'async with'"
+    with pytest.raises(ConfigurationError, match=match), resource.alease():
+        pass
+    with pytest.raises(ConfigurationError, match=r"'async with' takes is alease\(\.\.\.\)"):
+        async with resource.lease():
+            pass
+    assert resource.stats().in_use == 0
+    await resource.aclose()
+
+
+async def test_leases_are_context_managers_of_one_kind(watch: Watch) -> None:
+    """What a lease says to the wrong ``with`` does not make it fit for that."""
+    pool = watch(Pool(lambda: "db", max_size=1))
+    db = FromContext(pool.lease)
+    async with db.alease() as obj:
+        assert obj == "db"
+    other = FromContext(pool.alease)
+    with pytest.raises(ConfigurationError, match="context manager for 'with'"), other.lease():
+        pass
 
 
 async def test_a_closed_one_hands_nothing_out(driver: Driver) -> None:

@@ -152,6 +152,86 @@ def test_resets_and_closes_that_hide_a_coroutine_are_reported(
     check_at_rest(pool)
 
 
+@pytest.mark.parametrize("kind", ["check", "acheck"])
+async def test_a_check_that_raises_is_reported_once(
+    watch: Watch, maker: Maker, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """A mistake in it would make each lease wait for a new object, without a word."""
+    pool = watch(Pool(maker.create, check=getattr(maker, kind)))
+    pool.be_called("db")
+    answers: list[object] = [False, NameError("nobody"), NameError("nobody"), None]
+    maker.bad_checks.extend(answers)
+    with caplog.at_level(logging.WARNING, "langgraph_perf"):
+        for number in [0, 1, 2, 3, 3]:
+            async with pool.alease() as thing:
+                assert thing.number == number
+            assert len(told(caplog)) == (0 if number < 2 else 1)
+    (record,) = told(caplog)
+    assert record.getMessage().startswith("Pool 'db': check failed")
+    assert "NameError('nobody')" in record.getMessage()
+
+
+@pytest.mark.parametrize("how", ["aclose", "close", "close elsewhere", "replaced"])
+async def test_what_a_close_gives_is_awaited(
+    watch: Watch, maker: Maker, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """Objects made by an ``async def`` have a loop for it, and a lambda hides that it is async."""
+    pool = watch(Pool(maker.acreate, check=maker.check, close=lambda thing: maker.aclose(thing)))
+    async with pool.alease() as thing:
+        pass
+    if how == "aclose":
+        await pool.aclose()
+    elif how == "close":
+        pool.close()
+    elif how == "close elsewhere":
+        await asyncio.to_thread(pool.close)
+    else:
+        maker.bad_checks.append(False)
+        async with pool.alease():
+            pass
+    await auntil(lambda: len(maker.closed) == 1)
+    assert maker.closed == [thing]
+    assert maker.close_loops == [asyncio.get_running_loop()]
+    assert "close failed" not in caplog.text
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_a_close_gives_is_awaited_after_its_loop(maker: Maker, ended: bool) -> None:
+    """On the loop that stands still, or on a makeshift one."""
+    pool = Pool(maker.acreate, close=lambda thing: maker.aclose(thing))
+
+    async def use() -> None:
+        async with pool.alease():
+            pass
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(use())
+    if ended:
+        loop.close()
+    pool.close()
+    until(lambda: len(maker.closed) == 1)
+    assert (maker.close_loops == [loop]) is not ended
+    loop.close()
+    check_at_rest(pool)
+
+
+async def test_what_a_close_gives_may_fail(
+    watch: Watch, maker: Maker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Like a close that raises itself."""
+
+    async def stuck() -> None:
+        raise OSError("stuck")
+
+    pool = watch(Pool(maker.acreate, close=lambda thing: stuck()))
+    async with pool.alease():
+        pass
+    with caplog.at_level(logging.WARNING, "langgraph_perf"):
+        await pool.aclose()
+    (record,) = told(caplog)
+    assert "close failed, the object is dropped: OSError('stuck')" in record.getMessage()
+
+
 async def test_a_plain_lease_that_waits_on_a_loop_is_warned_about(
     watch: Watch, maker: Maker, caplog: pytest.LogCaptureFixture, impatient: None
 ) -> None:

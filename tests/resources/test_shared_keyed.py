@@ -446,6 +446,9 @@ def test_unfit_keys_are_refused(maker: Maker) -> None:
         models.lease(["a"])  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="key must say which object, got None"):
         models.alease()
+    models.be_called("models")
+    with pytest.raises(ConfigurationError, match=r"accepted: lease\('models', key\)"):
+        models.lease()
     with pytest.raises(ConfigurationError, match="has no keys, so it takes none; got 'a'"):
         Shared(maker.create).lease("a")
 
