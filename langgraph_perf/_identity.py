@@ -81,6 +81,7 @@ class NodeSpec:
         self.namespace = (NAMESPACE, graph, name)
         self.counters = NodeCounters()
         self._code: str | None = None
+        self._begins: tuple[str | None, bytes] = None, b""
         self._warned: set[str] = set()
         self._lock = new_lock()
 
@@ -98,6 +99,16 @@ class NodeSpec:
     @code.setter
     def code(self, code: str | None) -> None:
         self._code = code
+
+    @property
+    def key_begins(self) -> bytes:
+        """What the keys of all its calls begin with."""
+        code, begins = self._begins
+        if code != self.code or not begins:
+            code = self.code
+            begins = keys.beginning("node", {"path": [*self.namespace], "code": code})
+            self._begins = code, begins
+        return begins
 
     def warn(self, message: str) -> None:
         """Log a warning, the first time."""
@@ -135,9 +146,7 @@ def call_key(
     whether it is stored under a seal, ``conf``: the whole ``configurable``."""
     policy = spec.policy
     assert policy is not None
-    # plain data, which is quickest to encode
-    parts: list[tuple[str, Any]] = [("node", {"path": [*spec.namespace], "code": spec.code})]
-    parts.append(part)
+    parts = [part]
     if policy.vary is None:
         parts.append(("context", getattr(runtime, "context", None)))
         parts.append(("configurable", binding.configurable))
@@ -169,7 +178,7 @@ def call_key(
         # who cannot open it does not come upon it
         parts.append(("sealed", True))
     try:
-        return keys.digest(*parts, code_of=spec.code_of)
+        return keys.digest(*parts, code_of=spec.code_of, begins=spec.key_begins)
     except keys.Unkeyable as exc:
         outside = exc.path.startswith(("context", "configurable"))
         way_out = (

@@ -22,22 +22,35 @@ from langgraph_perf._messages_key import KeyEncoder, content_digest, forget
 
 _root = lru_cache(256)(text)
 
-__all__ = ["Unkeyable", "digest", "forget", "message_digest"]
+__all__ = ["Unkeyable", "beginning", "digest", "forget", "message_digest"]
 
 
-def digest(*parts: tuple[str, Any], code_of: Callable[[type], str] | None = None) -> str:
+_BEGINNING = b"langgraph_perf key 1\0"
+
+
+def beginning(root: str, value: Any) -> bytes:
+    """What keys have in common whose first part is this one, which is plain data without ids."""
+    return _BEGINNING + _root(root) + KeyEncoder().encode(value)
+
+
+def digest(
+    *parts: tuple[str, Any],
+    code_of: Callable[[type], str] | None = None,
+    begins: bytes = _BEGINNING,
+) -> str:
     """The key of the given parts, as 40 hexadecimal digits.
 
     Args:
         parts: pairs of a name and a value. The name is part of the key, and the root of the path
             in an error: ``state["client"]``.
         code_of: says what there is to a class of the values besides its name.
+        begins: the ``beginning`` with a part before these.
 
     Raises:
         Unkeyable: a part holds something that has no canonical value.
     """
     encoder = KeyEncoder()
-    encoded = [b"langgraph_perf key 1\0"]
+    encoded = [begins]
     for root, value in parts:
         encoded.append(_root(root))
         try:
