@@ -49,9 +49,8 @@ from langgraph_perf._code_facts import (
     kept_by_libraries,
     top_level,
 )
-from langgraph_perf._message_rows import extra_of, private_of
 from langgraph_perf._messages_key import KeyEncoder
-from langgraph_perf._value_types import value_plan
+from langgraph_perf._value_types import extra_of, private_of, value_plan
 from langgraph_perf.keys import digest
 
 Body: TypeAlias = Callable[["Walk", Any], bytes]
@@ -384,9 +383,9 @@ def state(walk: Walk, value: Any, leave: frozenset[str] = frozenset()) -> bytes:
     kind = type(value)
     own = instance_state(kind)(value)
     if BaseModel in mro_of(kind):
-        own.update(extra_of(value) or {})
+        own.update(extra_of(value))
         if not walk.library(kind.__module__):
-            own.update(private_of(value) or {})
+            own.update(private_of(value))
     stores, pokes = walk.facts.changed_by_itself(kind)
     out = [walk.encode(kind)]
     for name in sorted(own.keys() - leave):

@@ -39,9 +39,19 @@ _get_extra = BaseModel.__dict__["__pydantic_extra__"].__get__
 _get_private = BaseModel.__dict__["__pydantic_private__"].__get__
 
 
-def _slot(get: Callable[[Any], Any], value: Any) -> Any:
+def extra_of(model: Any) -> dict[str, Any]:
+    """A pydantic model's extra fields."""
+    return _slot(_get_extra, model)
+
+
+def private_of(model: Any) -> dict[str, Any]:
+    """A pydantic model's private attributes."""
+    return _slot(_get_private, model)
+
+
+def _slot(get: Callable[[Any], Any], model: Any) -> dict[str, Any]:
     try:
-        return get(value) or {}
+        return get(model) or {}
     except AttributeError:  # a RootModel's is empty
         return {}
 
@@ -110,8 +120,8 @@ def _pydantic_plan(kind: type) -> Plan:
     def body(encoder: Encoder, value: Any) -> bytes:
         return b"%b%b%b" % (
             encoder.attributes(state_of(value)),
-            encoder.attributes(_slot(_get_extra, value)),
-            encoder.attributes(_slot(_get_private, value)),
+            encoder.attributes(extra_of(value)),
+            encoder.attributes(private_of(value)),
         )
 
     generic = getattr(kind, "__pydantic_generic_metadata__", None) or {}

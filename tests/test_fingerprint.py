@@ -42,7 +42,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.func import entrypoint
 from langgraph.graph import START, StateGraph
 from langgraph.prebuilt import ToolNode
-from pydantic import BaseModel, Field, PrivateAttr, field_validator
+from pydantic import BaseModel, Field, PrivateAttr, RootModel, field_validator
 from typing_extensions import override
 
 from langgraph_perf import CachePolicy, MemoryCache
@@ -2026,3 +2026,16 @@ def test_classes_of_libraries_in_the_input_count_by_name(monkeypatch: pytest.Mon
     assert classes(module.Doc) == ""
     node.__module__ = "edited_app"
     assert Classes(node)(module.Doc) != ""
+
+
+def test_a_root_model_that_is_captured_counts_by_what_it_holds() -> None:
+    """It has neither extra fields nor private attributes that could be read."""
+
+    class Words(RootModel[list[str]]):
+        pass
+
+    def node_of(words: Words) -> Any:
+        return lambda state: words.root
+
+    one, same, other = (fingerprint(node_of(Words([word]))) for word in "aab")
+    assert one == same != other
