@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -55,6 +56,19 @@ def function(owner: str, field: str, value: object, *, arguments: tuple[str, ...
             f"{owner}: {field} is called as {call}, but {describe(value)}{signature} "
             f"does not accept that: {exc}"
         ) from None
+
+
+def accepted(known: Sequence[str]) -> str:
+    """Which arguments there are."""
+    return f"accepted: {', '.join([f'{each}=' for each in known])}"
+
+
+def arguments_hint(name: str, known: Sequence[str], also_called: Mapping[str, str]) -> str:
+    """Which argument may have been meant by ``name``, if one may, and which there are."""
+    also = also_called.get(name)
+    meant = [also] if also in known else get_close_matches(name, known, 1)
+    hint = f"did you mean {meant[0]}=? " if meant else ""
+    return hint + accepted(known)
 
 
 def describe(fn: Callable[..., Any]) -> str:

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields
 from datetime import timedelta
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from langchain_core.runnables import RunnableConfig
@@ -26,6 +25,7 @@ from langgraph.types import CachePolicy as LangGraphCachePolicy
 from langgraph.typing import ContextT, InputT, OutputT, StateT
 from typing_extensions import Self
 
+from langgraph_perf import _validate
 from langgraph_perf._binding import BINDING, Binding, ambient, configurable_of, make_binding
 from langgraph_perf._gathering import part_of, taint
 from langgraph_perf._identity import NodeSpec
@@ -313,13 +313,10 @@ def _refuse_unknown(method: str, kwargs: Mapping[str, Any], node: Any = None) ->
     for name in kwargs:
         if name in theirs or name in _ALSO_TAKEN.get(method, ()):
             continue
-        also = _ALSO_CALLED.get(name, "")
-        meant = [also] if also in known else get_close_matches(name, sorted(known), 1)
         if name in _POLICY_FIELDS and "cache_policy" in known:
             hint = f"it belongs in cache_policy=CachePolicy({name}=...)"
         else:
-            hint = f"did you mean {meant[0]}=? " if meant else ""
-            hint += f"accepted: {', '.join(f'{each}=' for each in sorted(known))}"
+            hint = _validate.arguments_hint(name, sorted(known), _ALSO_CALLED)
         given = "" if node is None else f"{node if isinstance(node, str) else '...'!r}, "
         raise ConfigurationError(f"{method}({given}{name}=): there is no such argument; {hint}")
 

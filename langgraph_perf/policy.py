@@ -11,7 +11,6 @@ import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from difflib import get_close_matches
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -36,17 +35,15 @@ class _KnownFields:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         known = [each.name for each in fields(cls)]  # type: ignore[arg-type]
-        accepted = f"accepted: {', '.join([f'{name}=' for name in known])}"
         if args:
             raise ConfigurationError(
-                f"{cls.__name__}: got {args[0]!r:.200} without a name; {accepted}"
+                f"{cls.__name__}: got {args[0]!r:.200} without a name; {_validate.accepted(known)}"
             )
         for name in kwargs:
             if name not in known:
-                meant = get_close_matches(name, known, 1) or [_ALSO_CALLED.get(name, "")]
-                hint = f"did you mean {meant[0]}=? " if meant[0] else ""
                 raise ConfigurationError(
-                    f"{cls.__name__}: there is no argument {name}=; {hint}{accepted}"
+                    f"{cls.__name__}: there is no argument {name}=; "
+                    f"{_validate.arguments_hint(name, known, _ALSO_CALLED)}"
                 )
         return super().__new__(cls)
 

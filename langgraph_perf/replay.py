@@ -157,23 +157,20 @@ def _plan_for(
     if texts:
         refuse_texts(texts, everything)
     if keyed is ALL:
-        plan = _make_plan(carriers, everything, [])
+        plan, new = _make_plan(carriers, everything, [])
     else:
-        plan = _make_plan(carriers, carriers_in(keyed, tree=False), everything)
+        plan, new = _make_plan(carriers, carriers_in(keyed, tree=False), everything)
     if plan is not None:
-        plan["given"] = _given(plan, carriers, state, keyed)
+        plan["given"] = _given(new, state, keyed)
     return plan
 
 
-def _given(plan: dict[str, Any], carriers: list[Any], state: Any, keyed: Any) -> list[str]:
-    """Ids that the node was told as text, as a field or as an argument of what it was sent. They
-    are in the key, and stay."""
-    new = _ids_of(carriers) - plan["ids"].keys() - plan["calls"].keys()
-    if not new:
-        return []
+def _given(new: set[str], state: Any, keyed: Any) -> list[str]:
+    """Of ids that no message of the input has, those that the node was told as text, as a field or
+    as an argument of what it was sent. They are in the key, and stay."""
     given = texts_among(new, state if keyed is ALL else keyed)
     if keyed is not ALL:
-        for text in texts_among({each for each in new - given if may_be_id(each)}, state):
+        for text in texts_among(set(filter(may_be_id, new - given)), state):
             raise EncodeError(
                 f"{text!r} is the id of a message or tool call of the result, and is in the input "
                 "where the key does not cover it; key= has to"
@@ -181,16 +178,11 @@ def _given(plan: dict[str, Any], carriers: list[Any], state: Any, keyed: Any) ->
     return sorted(given)
 
 
-def _ids_of(carriers: list[Any]) -> set[str]:
-    found = {holder[key] for carrier in carriers for holder, key in slots_of(carrier)}
-    found |= {own_of(carrier)["id"] for carrier in carriers if is_message(carrier)}
-    return {each for each in found if _is_id(each)} - {REMOVE_ALL_MESSAGES}
-
-
 def _make_plan(
     carriers: list[Any], keyed: list[Any], everything: list[Any]
-) -> dict[str, Any] | None:
-    """Which of the result's ids name something in the input; ``None`` if it has no ids at all.
+) -> tuple[dict[str, Any] | None, set[str]]:
+    """Which of the result's ids name something in the input, and the other ones; ``None`` if it has
+    no ids at all.
 
     A plan is plain data, in which the input's carriers are those that the key covers, and, if some
     that are referred to are not among them, then all that there are::
@@ -230,14 +222,15 @@ def _make_plan(
             at.setdefault(id(carrier), []).append([i])
     same = [(i, at[id(carrier)]) for i, carrier in nameless if id(carrier) in at]
     if not call_ids and not message_ids and not same:
-        return None
+        return None, set()
     named = [*ids.values(), *calls.values(), *(places for _, places in same)]
     covered = all(places[0][0] < len(keyed) for places in named)
     if covered:
         for places in named:
             places[:] = [place for place in places if place[0] < len(keyed)]
     used = {place[0] for places in named for place in places}
-    return {
+    new = {each for each in message_ids | call_ids if _is_id(each)} - ids.keys() - calls.keys()
+    plan = {
         "carriers": len(carriers),
         "everything": None if covered else _digest_of_all(everything),
         "ids": ids,
@@ -245,6 +238,7 @@ def _make_plan(
         "same": same,
         "inputs": [[i, _digest(inputs[i])] for i in sorted(used)],
     }
+    return plan, new
 
 
 def _rebind(result: Any, plan: dict[str, Any], state: Any, keyed: Any) -> None:

@@ -110,6 +110,14 @@ class BaseLease(Generic[T]):
         left = waiter.deadline - self.core.clock()
         return max(0.0, min(LOOK_AGAIN_SECONDS, beat_seconds(self.heartbeat), left))
 
+    def _beat(self, waiter: Waiter) -> None:
+        if waiter.entry is None and waiter.error is None:
+            if self.heartbeat is not None:
+                self.heartbeat()
+            if time.monotonic() - waiter.looked >= LOOK_AGAIN_SECONDS:
+                waiter.looked = time.monotonic()
+                self.core.look_again()
+
     def _begin_entering(self) -> None:
         with self.core.lock:  # another thread may be in the middle of a fast path
             if self.entry is not UNUSED:
@@ -195,14 +203,6 @@ class Lease(OnlySync, BaseLease[T]):
                 end_load(core, place, exc)
             raise
 
-    def _beat(self, waiter: ThreadWaiter) -> None:
-        if waiter.entry is None and waiter.error is None:
-            if self.heartbeat is not None:
-                self.heartbeat()
-            if time.monotonic() - waiter.looked >= LOOK_AGAIN_SECONDS:
-                waiter.looked = time.monotonic()
-                self.core.look_again()
-
     def _check(self, waiter: ThreadWaiter) -> None:
         assert waiter.entry is not None
         waiter.suspect = True
@@ -279,14 +279,6 @@ class AsyncLease(OnlyAsync, BaseLease[T]):
                 self.entry = UNUSED
             core.abandon(waiter)
             raise
-
-    def _beat(self, waiter: TaskWaiter) -> None:
-        if waiter.entry is None and waiter.error is None:
-            if self.heartbeat is not None:
-                self.heartbeat()
-            if time.monotonic() - waiter.looked >= LOOK_AGAIN_SECONDS:
-                waiter.looked = time.monotonic()
-                self.core.look_again()
 
     async def _check(self, waiter: TaskWaiter) -> None:
         assert waiter.entry is not None
